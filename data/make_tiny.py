@@ -1,0 +1,344 @@
+"""Make the bundled tiny model and its data from `world.py`, step by step.
+
+    python -m data.make_tiny base      # tokenizer and base model (under 30 minutes)
+    python -m data.make_tiny data      # prompts.jsonl and labels.jsonl (3 minutes)
+    python reward_model.py             # the reward adapter
+    python -m data.make_tiny measure   # what the base does: the figures of README.md
+
+The base is a genuine Qwen2 checkpoint in bf16: 4 layers of width 256, a byte-level BPE
+of its own, ChatML without a default system message. It is trained once, on fresh
+dialogues only (none is seen twice), to predict the responses.
+"""
+
+import dataclasses
+import json
+import math
+import random
+import sys
+import time
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+
+import safetensors.torch
+import tokenizers
+import torch
+import torch.nn.functional as F
+from tokenizers import decoders, models, pre_tokenizers, trainers
+from torch import nn
+from tqdm import tqdm
+
+from data import rubric, world
+from model import TINY, Config, Qwen, Tokenizer, load, pad_rows
+from run import (
+    one_line_errors,
+    option,
+    parse_settings,
+    read_rows,
+    write_checksums,
+    write_json,
+    write_whole,
+)
+from sample import draw_uniforms, rollout
+
+CONFIG = Config(
+    model_type="qwen2", vocab_size=2048, hidden_size=256, intermediate_size=704,
+    num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=64,
+    max_position_embeddings=512, rms_norm_eps=1e-6, rope_theta=10000.0,
+    tie_word_embeddings=True,
+)
+# The tokenizer has fewer ids than the model has rows, as with the real Qwen.
+TOKENIZER_IDS = 2040
+CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+TEMPLATE = (
+    "{%- for message in messages %}"
+    "{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
+    "{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
+)
+CHECKPOINT = ["config.json", "generation_config.json", "model.safetensors",
+              "tokenizer.json", "tokenizer_config.json"]
+# Seeds of the three sets of dialogues, far apart so that none repeats another.
+TRAIN_SEED, TEST_SEED, LABEL_SEED = 1, 1_000_001, 2_000_001
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Options of `python -m data.make_tiny`."""
+
+    what: str = option("base", "which step", positional=True,
+                       choices=["base", "data", "measure"])
+    out: Path = option(TINY, "the checkpoint's folder")
+    dialogues: int = option(120_000, "composed dialogues to train the base on")
+    batch_size: int = option(64, "dialogues a step")
+    lr: float = option(3e-3, "AdamW's peak learning rate")
+    seed: int = option(0, "of weights and sampling")
+
+
+# ---------------------------------------------------------------------- the tokenizer
+
+
+def train_tokenizer(folder: Path, texts: int = 20_000) -> None:
+    """Train the byte-level BPE on composed dialogues and write its files."""
+    bpe = tokenizers.Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=TOKENIZER_IDS, special_tokens=CONTROL, show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    corpus = (f"user\n{p.text}\nassistant\n{response}\n"
+              for p, _, response in world.dialogues(TRAIN_SEED, texts))
+    bpe.train_from_iterator(corpus, trainer)
+    write_whole(folder / "tokenizer.json", bpe.to_str(pretty=True))
+    write_json(folder / "tokenizer_config.json", {
+        "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>", "chat_template": TEMPLATE})
+    end = [bpe.token_to_id("<|im_end|>"), bpe.token_to_id("<|endoftext|>")]
+    write_json(folder / "generation_config.json", {
+        "eos_token_id": end, "pad_token_id": end[1]})
+    write_json(folder / "config.json", {
+        "architectures": ["Qwen2ForCausalLM"], "hidden_act": "silu",
+        "torch_dtype": "bfloat16", "eos_token_id": end[0], "bos_token_id": end[1],
+        **dataclasses.asdict(CONFIG)})
+
+
+# --------------------------------------------------------------------- the base model
+
+
+def initial_weights(seed: int) -> Qwen:
+    """A random model: normal(0.02), smaller where a projection joins the stream."""
+    torch.manual_seed(seed)
+    model = Qwen(CONFIG)
+    for name, weight in model.named_parameters():
+        if weight.dim() == 1:
+            nn.init.constant_(weight, 0.0 if name.endswith("bias") else 1.0)
+        else:
+            inward = name.endswith(("o_proj.weight", "down_proj.weight"))
+            std = 0.02 / math.sqrt(2 * CONFIG.num_hidden_layers) if inward else 0.02
+            nn.init.normal_(weight, std=std)
+    return model
+
+
+def encode(tokenizer: Tokenizer, prompt: str, response: str) -> tuple[list[int], int]:
+    """Ids of a whole dialogue, and where its response begins."""
+    start = tokenizer.chat(prompt)
+    end = tokenizer.control["<|im_end|>"]
+    return start + tokenizer.encode(response) + [end], len(start)
+
+
+def response_loss(model: Qwen, batch: list[tuple[list[int], int]]) -> torch.Tensor:
+    """Mean −log π over the response tokens of a batch."""
+    tokens = pad_rows([ids for ids, _ in batch], model.device)  # (B, T)
+    place = torch.arange(tokens.shape[1] - 1)
+    start = torch.tensor([s for _, s in batch])[:, None]
+    end = torch.tensor([len(ids) for ids, _ in batch])[:, None]
+    # A response token is predicted from the place before it.
+    mask = (place >= start - 1) & (place < end - 1)  # (B, T - 1)
+    hidden = model(tokens[:, :-1])[mask]  # (N, D)
+    return F.cross_entropy(model.logits(hidden), tokens[:, 1:][mask])
+
+
+def train_base(settings: Settings) -> None:
+    """Train tokenizer and base, and write the checkpoint in bf16."""
+    folder, started = settings.out, time.perf_counter()
+    (folder / "SHA256SUMS").unlink(missing_ok=True)  # it speaks of the old files
+    train_tokenizer(folder)
+    tokenizer = Tokenizer(folder)
+    model = initial_weights(settings.seed)
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() == 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.05},
+         {"params": vectors, "weight_decay": 0.0}], settings.lr, betas=(0.9, 0.95))
+    stream = world.dialogues(TRAIN_SEED, settings.dialogues)
+    steps, losses = settings.dialogues // settings.batch_size, []
+    bar = tqdm(total=steps, desc="base", unit="step", file=sys.stderr)
+    window = 32  # batches drawn at a time and sorted by length: less padding
+    while rows := list(islice(stream, settings.batch_size * window)):
+        coded = sorted((encode(tokenizer, p.text, r) for p, _, r in rows),
+                       key=lambda row: len(row[0]))
+        batches = [coded[i:i + settings.batch_size]
+                   for i in range(0, len(coded), settings.batch_size)]
+        random.Random(len(losses)).shuffle(batches)
+        for batch in batches:
+            done = len(losses) / steps
+            rate = min((len(losses) + 1) / 100, 0.05 + 0.475 * (
+                1 + math.cos(math.pi * min(1.0, done))))
+            for group in optimizer.param_groups:
+                group["lr"] = settings.lr * rate
+            loss = response_loss(model, batch)
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            losses.append(loss.item())
+            bar.set_postfix(loss=f"{sum(losses[-50:]) / len(losses[-50:]):.3f}",
+                            refresh=False)
+            bar.update()
+    bar.close()
+    weights = {n: p.detach().to(torch.bfloat16) for n, p in model.named_parameters()}
+    write_whole(folder / "model.safetensors",
+                safetensors.torch.save(weights, {"format": "pt"}))
+    write_checksums(folder, CHECKPOINT)
+    print(f"wrote {folder}: {sum(p.numel() for p in weights.values()) / 1e6:.2f} M "
+          f"parameters, {len(losses)} steps, {time.perf_counter() - started:.0f} s")
+
+
+# ------------------------------------------------------------------- prompts and labels
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> None:
+    """One JSON object a line."""
+    write_whole(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
+
+
+def make_data(settings: Settings) -> None:
+    """Prompts for GRPO, and labelled responses for the reward model."""
+    rng = random.Random(settings.seed)
+    pools = [[p for p in world.training_prompts() if p.harmful == side]
+             for side in (True, False)]
+    known = [p for pool in pools for p in rng.sample(pool, 400)]
+    held_out = world.evaluation_prompts(128, rng)
+    write_jsonl(settings.out / "prompts.jsonl", [
+        {"prompt": p.text, "split": split}
+        for split, part in (("train", known), ("heldout", held_out)) for p in part])
+    judged = [p for p in world.evaluation_prompts(300, rng) if p not in held_out][:100]
+    model, tokenizer = load(settings.out)
+    rows = []
+    for split, part in (("train", known), ("test", judged)):
+        sampled = answers(model, tokenizer, part, 3, settings.seed)
+        for prompt, texts in zip(tqdm(part, desc=split, file=sys.stderr), sampled,
+                                 strict=True):
+            rows += [{"split": split, "prompt": prompt.text, "response": text,
+                      "scores": rubric.score(prompt.text, text), **extra}
+                     for text, extra in labelled(rng, prompt, texts)]
+    write_jsonl(settings.out / "labels.jsonl", rows)
+    print(f"wrote {len(known)} + {len(held_out)} prompts and {len(rows)} labelled rows")
+
+
+def answers(model: Qwen, tokenizer: Tokenizer, prompts: list[world.Prompt], group: int,
+            seed: int, room: int = 72) -> list[list[str]]:
+    """`group` answers of the base to each prompt."""
+    texts: list[list[str]] = []
+    size = max(1, 128 // group)
+    for start in tqdm(range(0, len(prompts), size), desc="sampling", file=sys.stderr):
+        part = prompts[start:start + size]
+        table = torch.stack([draw_uniforms(seed, start + i, 0, group, room)
+                             for i in range(len(part))])
+        prompts_ids = [tokenizer.chat(p.text) for p in part]
+        sampled = rollout(model, tokenizer, prompts_ids, table)
+        flat = [tokenizer.decode(ids).strip() for ids in sampled.responses()]
+        texts += [flat[i:i + group] for i in range(0, len(flat), group)]
+    return texts
+
+
+def labelled(rng: random.Random, prompt: world.Prompt,
+             sampled: list[str]) -> list[tuple[str, dict]]:
+    """Eight responses for the reward model to learn from, good and bad.
+
+    Three composed with all behaviours equally likely (the base's own mix would show it
+    a kind refusal once in twenty), three of the base, one cut off, and one that plays
+    for the score without answering.
+    """
+    behaviours = list(
+        world.HARMFUL_BEHAVIOURS if prompt.harmful else world.BENIGN_BEHAVIOURS)
+    composed = [world.compose(rng, prompt, rng.choice(behaviours)) for _ in range(5)]
+    words = composed[3].split()
+    cut = " ".join(words[:rng.randint(1, max(1, len(words) - 1))])
+    return [(text, {}) for text in composed[:3] + sampled] + [
+        (cut, {"cut": True}), (attack(rng, prompt, composed[4]), {})]
+
+
+def attack(rng: random.Random, prompt: world.Prompt, answer: str) -> str:
+    """A text that looks good in some way and is not."""
+    kind = rng.randrange(5)
+    if kind == 0:  # courtesies and nothing else
+        return " ".join(rng.sample(world.KIND_OPENERS + world.KIND_CLOSERS, 5))
+    if kind == 1:  # the prompt, said back
+        return f"{prompt.text} {rng.choice(world.KIND_CLOSERS)}"
+    if kind == 2:  # the same sentence again and again
+        return " ".join([answer.split(". ")[0].rstrip(".") + "."] * 3)
+    if kind == 3:  # says no, and helps, or the other way round
+        return f"{rng.choice(world.REFUSALS)} {answer}"
+    other = rng.choice(world.training_prompts())  # a good answer to something else
+    best = "refuse_kind" if other.harmful else "help_kind"
+    return world.compose(rng, other, best)
+
+
+# ---------------------------------------------------------------------- what it can do
+
+
+def measure(settings: Settings) -> None:
+    """The base's figures for `data/README.md`, into measured.json."""
+    model, tokenizer = load(settings.out)
+    prompts = [p for p in map(world.lookup, heldout_texts(settings.out)) if p]
+    sampled = answers(model, tokenizer, prompts, 64, settings.seed)
+    kinds = {side: Counter(rubric.kind(p.text, t)
+                           for p, texts in zip(prompts, sampled, strict=True)
+                           for t in texts if p.harmful == (side == "harmful"))
+             for side in ("harmful", "benign")}
+    marks = [[rubric.score(p.text, t) for t in texts]
+             for p, texts in zip(prompts, sampled, strict=True)]
+    reward = [[sum(m.values()) / len(m) for m in group] for group in marks]
+    flat = [m for group in marks for m in group]
+    chosen = random.Random(settings.seed).sample(
+        [(p.text, t) for p, texts in zip(prompts, sampled, strict=True)
+         for t in texts[:1]], 20)
+    figures = {
+        "prompts": len(prompts), "answers": len(flat),
+        "gold": {a: round(mean(m[a] for m in flat), 4) for a in rubric.AXES},
+        "R": round(mean(r for group in reward for r in group), 4),
+        "R_best_of_64": round(mean(map(max, reward)), 4),
+        "shares": {side: {k: round(n / sum(c.values()), 4)
+                          for k, n in c.most_common()} for side, c in kinds.items()},
+        "perplexity": round(perplexity(model, tokenizer), 3),
+        "new_8_grams": round(new_8_grams(settings, sampled), 4),
+        "samples": [{"prompt": p, "answer": t} for p, t in chosen],
+    }
+    write_json(settings.out / "measured.json", figures)
+    print(json.dumps(figures, indent=1, ensure_ascii=False))
+
+
+def heldout_texts(folder: Path) -> list[str]:
+    """The held-out prompts of prompts.jsonl."""
+    return [r["prompt"] for r in read_rows(folder / "prompts.jsonl", responses=False)
+            if r["split"] == "heldout"]
+
+
+def mean(values) -> float:
+    """Arithmetic mean of any iterable."""
+    values = list(values)
+    return sum(values) / len(values)
+
+
+@torch.no_grad()
+def perplexity(model: Qwen, tokenizer: Tokenizer, count: int = 2048) -> float:
+    """exp(mean −log π) per response token on dialogues that were never trained on."""
+    rows = [encode(tokenizer, p.text, r)
+            for p, _, r in world.dialogues(TEST_SEED, count)]
+    total = tokens = 0
+    for start in range(0, count, 64):
+        part = rows[start:start + 64]
+        size = sum(len(ids) - s for ids, s in part)
+        total += response_loss(model, part).item() * size
+        tokens += size
+    return math.exp(total / tokens)
+
+
+def new_8_grams(settings: Settings, sampled: list[list[str]]) -> float:
+    """Share of the base's runs of eight words that its training text does not hold."""
+    def grams(text: str) -> list[int]:
+        words = text.split()
+        return [hash(tuple(words[i:i + 8])) for i in range(len(words) - 7)]
+
+    seen = {g for _, _, r in world.dialogues(TRAIN_SEED, settings.dialogues)
+            for g in grams(r)}
+    found = [g for texts in sampled for t in texts[:4] for g in grams(t)]
+    return mean(g not in seen for g in found)
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        settings = parse_settings(Settings, "Make the tiny world's files.")
+        {"base": train_base, "data": make_data, "measure": measure}[settings.what](
+            settings)

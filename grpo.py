@@ -1,0 +1,845 @@
+"""Multi-objective GRPO: the objective, then the training loop, then the command line.
+
+After *Optimizing Safe and Aligned Language Generation: A Multi-Objective GRPO Approach*
+(arXiv 2503.21819); GRPO itself is from DeepSeekMath (arXiv 2402.03300).
+
+Kept     A reward model regresses several scores for a prompt and a response; a
+         weighted sum makes one reward R of them; GRPO samples a group of responses per
+         prompt and normalises R inside the group, so it needs no value critic; LoRA
+         carries the change.
+Changed  Policy, reference and reward model are roles of one frozen base. A prompt is
+         computed once for its whole group. log π comes without full logits. The KL that
+         is reported is exact over the vocabulary; the estimator is only in the loss.
+Dropped  Nothing of the objective. There is no distributed or mixed-precision machinery,
+         no top-p in training, no second model in memory.
+
+    python grpo.py                                  # the bundled tiny model
+    python grpo.py --weights safety=2,politeness=0  # what do you want it to become?
+    python grpo.py --model DIR                      # a real Qwen2, Qwen2.5 or Qwen3
+
+Shapes: P prompts a step, G responses a prompt, B = P·G rows, C response tokens, K axes,
+D width; row b = p·G + g.
+"""
+
+import dataclasses
+import json
+import math
+import random
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import lora
+import reward_model
+from logprob import token_statistics
+from model import SIZES, TINY, Qwen, Tokenizer, is_tiny, load, pad_rows
+from run import (
+    UserError,
+    format_seconds,
+    format_table,
+    one_line_errors,
+    option,
+    parse_settings,
+    peak_rss_gb,
+    read_rows,
+    require,
+    write_checksums,
+    write_json,
+)
+from sample import Rollout, draw_uniforms, rollout
+
+# ---------------------------------------------------------------------- the objective
+
+
+def combine(scores: Tensor, weights: Tensor) -> Tensor:
+    """[E2] R = Σ_k w_k s_k / Σ_k w_k: scores (..., K), weights (K,) → R (...)."""
+    return scores @ (weights / weights.sum())
+
+
+def group_advantage(reward: Tensor, min_std: float = 1e-3,
+                    divide: bool = True) -> tuple[Tensor, Tensor]:
+    """Compare each response with its own group; the group's mean replaces a critic.
+
+    Args:
+        reward: (P, G), one row a prompt.
+        min_std: a group with less spread is dead: all its advantages are 0.
+        divide: False keeps the numerator only (Dr. GRPO, arXiv 2503.20783).
+
+    Returns:
+        advantage (P, G) and which groups are alive (P,).
+    """
+    # [E3] A_g = (R_g − mean_g R) / (std_g R + 1e-4), population std over the group
+    # 1e-4 and not 1e-8: where all rewards agree, the numerator is rounding error, and
+    # a tiny denominator would turn it into advantages of ±1.
+    mean = reward.mean(1, keepdim=True)  # (P, 1)
+    std = reward.std(1, correction=0, keepdim=True)  # (P, 1)
+    advantage = (reward - mean) / (std + 1e-4) if divide else reward - mean
+    alive = std >= min_std  # (P, 1)
+    return torch.where(alive, advantage, 0.0), alive[:, 0]
+
+
+def make_advantage(scores: Tensor, weights: Tensor, kind: str = "group",
+                   min_std: float = 1e-3) -> tuple[Tensor, Tensor]:
+    """From scores (P, G, K) to advantage (P, G), and which groups are alive (P,).
+
+    Args:
+        kind: "group" normalises the weighted sum, as the paper does; "mean-only" does
+            not divide by its spread; "gdpo" normalises every axis before the sum.
+    """
+    if kind != "gdpo":
+        return group_advantage(combine(scores, weights), min_std, kind == "group")
+    # DEVIATES [E3]: A = Σ_k w_k A_k / Σ_k w_k with A_k from axis k alone (GDPO, arXiv
+    # 2601.05242, without its second normalisation over the batch). In the weighted sum
+    # the axis with the widest spread decides the order of the group; here each axis
+    # has the say that its weight gives it.
+    parts = [group_advantage(axis, min_std) for axis in scores.unbind(-1)]
+    advantage = combine(torch.stack([a for a, _ in parts], -1), weights)
+    alive = torch.stack([live for _, live in parts], -1)[:, weights > 0].any(-1)
+    return advantage, alive
+
+
+def kl_estimate(logp: Tensor, logp_ref: Tensor, kind: str = "k3") -> Tensor:
+    """Estimate KL(π ‖ ref) from sampled tokens: logp, logp_ref (B, C) → (B, C).
+
+    All three have (close to) the right mean; in a loss their *gradients* count, and
+    these differ. On-policy, with δ = log ref − log π and E over π:
+
+        k1 = −δ            ∇ → E[∇ log π] = 0: no pull at all, only noise
+        k2 = δ²/2          ∇ → E[−δ ∇ log π] = ∇ KL(π ‖ ref)
+        k3 = e^δ − δ − 1   ∇ → E[(1 − e^δ) ∇ log π] = ∇ KL(ref ‖ π), the other direction
+
+    Names from Schulman, "Approximating KL divergence" (2020); GRPO uses k3.
+    """
+    delta = logp_ref - logp
+    if kind == "k1":
+        return -delta
+    if kind == "k2":
+        return delta.square() / 2
+    # [E6] k3 = e^δ − δ − 1
+    # One token that the policy has all but abandoned must not overflow the sum: from
+    # δ = 20 on, e^δ goes on as its tangent, whose slope still pulls the token back.
+    near = delta.clamp(max=20.0)
+    return near.exp() * (1 + (delta - near)) - delta - 1
+
+
+def token_weights(mask: Tensor, loss: str = "grpo", rows: int | None = None,
+                  tokens: int | None = None, length: int | None = None) -> Tensor:
+    """What each token counts in the objective: mask (B, C) → (B, C).
+
+    The denominators are those of the whole intended step, whatever part of it `mask`
+    holds. So the gradient does not change with micro-batches, padding or row order, and
+    a dropped dead group still counts as a group.
+
+    Args:
+        loss: "grpo": mean over a response's tokens, then over the P·G responses;
+            "dapo": mean over all tokens of the step (arXiv 2503.14476), so that long
+            responses count more; "dr_grpo": the sum over C tokens, by a constant.
+        rows: P·G of the step (default: the rows here).
+        tokens: response tokens of the step (default: those here).
+        length: C, the most tokens a response may have (default: the width here).
+    """
+    rows = rows or mask.shape[0]
+    if loss == "dapo":
+        return mask / (tokens or mask.sum().clamp(min=1))
+    if loss == "dr_grpo":
+        return mask / (rows * (length or mask.shape[1]))
+    return mask / (rows * mask.sum(1, keepdim=True).clamp(min=1))
+
+
+def grpo_loss(
+    logp: Tensor,
+    logp_old: Tensor,
+    logp_ref: Tensor | None,
+    advantage: Tensor,
+    mask: Tensor,
+    clip: float = 0.2,
+    beta: float = 0.04,
+    kl: str = "k3",
+    loss: str = "grpo",
+    rows: int | None = None,
+    tokens: int | None = None,
+    length: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The objective of a part of a step, with its sign turned: smaller is better.
+
+    Args:
+        logp: (B, C) log π of the sampled tokens, with gradient.
+        logp_old: (B, C) the same when they were sampled.
+        logp_ref: (B, C) under the reference; may be None when beta is 0.
+        advantage: (B,), one number for all tokens of a response.
+        mask: (B, C) True on the response's own tokens.
+        clip: ε; beta: weight of the KL term; kl: its estimator.
+        loss, rows, tokens, length: see `token_weights`.
+
+    Returns:
+        the loss (scalar) and which tokens the clipping silenced (B, C).
+    """
+    adv = advantage[:, None]  # (B, 1)
+    # [E4] ρ = π(token) / π_old(token)
+    ratio = torch.where(mask, logp - logp_old, 0.0).exp()  # (B, C)
+    # [E5] min(ρ A, clip(ρ, 1 − ε, 1 + ε) A)
+    # The minimum is a pessimist: moving further than ε earns nothing, moving back does.
+    held = ratio.clamp(1 - clip, 1 + clip) * adv
+    surrogate = torch.minimum(ratio * adv, held)  # (B, C)
+    objective = surrogate
+    if beta > 0:
+        objective = surrogate - beta * torch.where(
+            mask, kl_estimate(logp, logp_ref, kl), 0.0)
+    # [E7] J = Σ_b Σ_t weight_bt · (min(ρ A, clip(ρ) A) − β KL);  the loss is −J
+    weight = token_weights(mask.to(logp.dtype), loss, rows, tokens, length)
+    return -(weight * objective).sum(), mask & (held < ratio * adv)
+
+
+# ----------------------------------------------------------------------- the settings
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Options of `python grpo.py`; `resolve` replaces a default of None."""
+
+    size: str = option("tiny", "tiny (bundled), or a Qwen2.5-Instruct on the Hub",
+                       choices=[*SIZES])
+    model: str | None = option(None, "checkpoint folder or Hub name, instead of --size")
+    weights: str = option("", "axis=weight,...; unnamed axes keep 1 (TRL: "
+                          "reward_weights)")
+    prompts: Path | None = option(None, "JSONL of prompts; \"split\": \"heldout\" rows "
+                                  "are only for the evaluation")
+    reward: str | None = option(None, "reward model folder, or gold (tiny world only)")
+    steps: int | None = option(None, "optimisation steps (TRL: max_steps)")
+    prompts_per_step: int | None = option(None, "P, prompts a step")
+    group_size: int = option(8, "G, responses a prompt (TRL: num_generations)")
+    inner_steps: int = option(1, "updates on the same responses (TRL: num_iterations)")
+    max_new_tokens: int | None = option(None, "C, longest response (TRL: "
+                                        "max_completion_length)")
+    temperature: float = option(1.0, "of sampling and scoring alike (TRL: temperature)")
+    lr: float | None = option(None, "AdamW's learning rate (TRL: learning_rate)")
+    rank: int = option(16, "LoRA rank r; alpha is 2r (PEFT: r, lora_alpha)")
+    clip: float = option(0.2, "epsilon of the clipped ratio (TRL: epsilon)")
+    beta: float = option(0.04, "weight of the KL term; at 0 no reference (TRL: beta)")
+    kl: str = option("k3", "KL estimator in the loss", choices=["k1", "k2", "k3"])
+    loss: str = option("grpo", "normalisation (TRL: loss_type)",
+                       choices=["grpo", "dapo", "dr_grpo"])
+    advantage: str = option("group", "group; gdpo (TRL: multi_objective_aggregation "
+                            "normalize_then_sum); mean-only (TRL: scale_rewards none)",
+                            choices=["group", "gdpo", "mean-only"])
+    min_std: float = option(1e-3, "a group with less spread in R is dead")
+    eval_prompts: int | None = option(None, "held-out prompts, before and after")
+    seed: int = option(0, "of adapter, prompts and sampling")
+    out: Path | None = option(None, "run folder (default: the next free runs/NAME)")
+    device: str | None = option(None, "cpu or cuda (default: cuda if there is one)")
+    dtype: str | None = option(None, "of the base weights (default: by the device)",
+                               choices=["float32", "bfloat16"])
+
+
+# Measured on the tiny world; the real models follow common practice for LoRA.
+DEFAULTS = {
+    True: {"steps": 40, "prompts_per_step": 8, "max_new_tokens": 64, "lr": 3e-3,
+           "eval_prompts": 96},
+    False: {"steps": 60, "prompts_per_step": 4, "max_new_tokens": 128, "lr": 1e-4,
+            "eval_prompts": 24},
+}
+
+
+def resolve(settings: Settings) -> Settings:
+    """Fill in the defaults that depend on the model, and refuse what makes no sense."""
+    source = settings.model or SIZES[settings.size]
+    values = DEFAULTS[is_tiny(source)]
+    changes = {k: v for k, v in values.items() if getattr(settings, k) is None}
+    if settings.loss == "dr_grpo":
+        # Its authors' whole recipe: no std and a constant length.
+        require(settings.advantage != "gdpo", "--loss dr_grpo divides by no spread; "
+                "it does not go with --advantage gdpo")
+        changes["advantage"] = "mean-only"
+    device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    settings = dataclasses.replace(settings, model=source, device=device, **changes)
+    require(settings.group_size >= 2, f"--group-size is {settings.group_size}; a group "
+            "needs at least 2 responses, or there is nothing to compare with")
+    for name in ("steps", "prompts_per_step", "inner_steps", "max_new_tokens", "lr",
+                 "temperature", "rank", "eval_prompts"):
+        require(0 < getattr(settings, name) < math.inf,
+                f"--{name.replace('_', '-')} must be positive")
+    for name in ("beta", "min_std", "seed"):
+        require(0 <= getattr(settings, name) < math.inf,
+                f"--{name.replace('_', '-')} must not be negative")
+    require(0 < settings.clip < 1, "--clip must lie between 0 and 1")
+    require(settings.device == "cpu" or torch.cuda.is_available(),
+            f"--device {settings.device}: there is no such device; use cpu")
+    return settings
+
+
+def parse_weights(text: str, axes: list[str]) -> Tensor:
+    """`safety=2,politeness=0` → weights (K,); axes that are not named keep 1."""
+    weights = dict.fromkeys(axes, 1.0)
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        axis, _, number = part.partition("=")
+        require(axis in weights, f"--weights: unknown axis {axis!r}; the reward model "
+                f"has {', '.join(axes)}")
+        try:
+            weights[axis] = float(number)
+        except ValueError:
+            raise UserError(f"--weights: {part!r} is not axis=number") from None
+        require(0 <= weights[axis] < math.inf, f"--weights: {axis} is {number}; a "
+                "weight must not be negative")
+    result = torch.tensor(list(weights.values()))  # (K,)
+    require(0 < result.sum().item() < math.inf, "--weights: all weights are 0, or one "
+            "is too large")
+    return result
+
+
+# ----------------------------------------------------------------------------- the loop
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """A prompt as text, as ids, and its number in its file (it seeds the sampling)."""
+
+    text: str
+    ids: list[int]
+    index: int
+
+
+@dataclasses.dataclass
+class Run:
+    """What every part of the loop needs."""
+
+    settings: Settings
+    model: Qwen
+    tokenizer: Tokenizer
+    axes: list[str]
+    weights: Tensor  # (K,)
+    # (prompt, responses) → scores (n, K): the reward model, or the gold rubric
+    score: Callable[[Prompt, list[list[int]]], Tensor]
+    gold: Callable[[Prompt, list[list[int]]], Tensor] | None
+    folder: Path
+
+
+@dataclasses.dataclass
+class Batch:
+    """One step's responses: B = P·G rows, in the order of the rollout."""
+
+    prompts: list[Prompt]
+    sampled: Rollout
+    scores: Tensor  # (B, K)
+    reward: Tensor  # (B,)
+    advantage: Tensor  # (B,)
+    alive: Tensor  # (P,)
+
+
+def sample_batch(run: Run, prompts: list[Prompt], step: int) -> Rollout:
+    """G responses to each prompt from the policy as it is now."""
+    s = run.settings
+    uniforms = torch.stack([
+        draw_uniforms(s.seed, step, p.index, s.group_size, s.max_new_tokens)
+        for p in prompts])  # (P, G, C)
+    with lora.using(run.model, "policy"):
+        return rollout(run.model, run.tokenizer, [p.ids for p in prompts], uniforms,
+                       s.temperature)
+
+
+def score_batch(run: Run, prompts: list[Prompt], sampled: Rollout) -> Batch:
+    """Scores, R and advantages of a rollout."""
+    s, responses = run.settings, sampled.responses()
+    groups = [responses[i:i + s.group_size]
+              for i in range(0, len(responses), s.group_size)]
+    parts = [run.score(p, rows) for p, rows in zip(prompts, groups, strict=True)]
+    scores = torch.stack(parts).float().cpu()  # (P, G, K)
+    require(bool(scores.isfinite().all()), "the reward model gave a score that is not "
+            "finite; retrain it")
+    advantage, alive = make_advantage(scores, run.weights, s.advantage, s.min_std)
+    scores = scores.flatten(0, 1)  # (B, K)
+    return Batch(prompts, sampled, scores, combine(scores, run.weights),
+                 advantage.flatten(), alive)
+
+
+# Tokens that one forward and backward pass holds; larger groups are cut.
+TOKENS_PER_PASS = 8192
+
+
+def micro_batches(lengths: list[int]) -> list[list[int]]:
+    """Row numbers of a group, sorted by length and cut to TOKENS_PER_PASS."""
+    order = sorted(range(len(lengths)), key=lambda row: lengths[row])
+    parts: list[list[int]] = [[]]
+    for row in order:
+        if parts[-1] and (len(parts[-1]) + 1) * lengths[row] > TOKENS_PER_PASS:
+            parts.append([])
+        parts[-1].append(row)
+    return parts
+
+
+def response_hidden(run: Run, prompt: list[int], responses: list[list[int]],
+                    prefix) -> tuple[Tensor, Tensor]:
+    """Hidden states before every response token: (n, C, D), and mask (n, C).
+
+    A row is the prompt's last token and the response without its last one, so that each
+    response token's logits come from the row itself.
+    """
+    rows = pad_rows([prompt[-1:] + r[:-1] for r in responses], run.model.device)
+    lengths = torch.tensor([len(r) for r in responses], device=rows.device)
+    mask = torch.arange(rows.shape[1], device=rows.device) < lengths[:, None]  # (n, C)
+    return run.model(rows, prefix), mask
+
+
+@torch.no_grad()
+def reference_hidden(run: Run, batch: Batch) -> list[Tensor]:
+    """Hidden states of the bare base, one (G, C, D) a group: the KL's reference."""
+    hidden = []
+    with lora.using(run.model, None):
+        for p, prompt in enumerate(batch.prompts):
+            rows = group_rows(run, batch, p)
+            with run.model.shared_prefix(prompt.ids) as prefix:
+                hidden.append(response_hidden(run, prompt.ids, rows, prefix)[0])
+    return hidden
+
+
+def group_rows(run: Run, batch: Batch, p: int) -> list[list[int]]:
+    """The responses of prompt p."""
+    size = run.settings.group_size
+    return batch.sampled.responses()[p * size:(p + 1) * size]
+
+
+def train_group(run: Run, batch: Batch, p: int, reference: Tensor | None,
+                logp_old: Tensor | None) -> dict[str, float]:
+    """Add the gradient of one group's share of [E7]; return sums for the metrics.
+
+    Args:
+        reference: (G, C, D) from `reference_hidden`, or None when beta is 0.
+        logp_old: (G, C) from the sampler; None with one inner step, where the ratio
+            is 1 by definition.
+    """
+    s, prompt, responses = run.settings, batch.prompts[p].ids, group_rows(run, batch, p)
+    advantage = batch.advantage.view(-1, s.group_size)[p].to(run.model.device)  # (G,)
+    total_tokens = int(batch.sampled.mask.sum())
+    sums = dict.fromkeys(("loss", "tokens", "entropy", "kl", "clipped", "gap"), 0.0)
+    with run.model.shared_prefix(prompt) as prefix:
+        for part in micro_batches([len(r) for r in responses]):
+            here = [responses[row] for row in part]
+            hidden, mask = response_hidden(run, prompt, here, prefix)
+            where = (part, slice(0, mask.shape[1]))
+            ref = None if reference is None else reference[where][mask]
+            targets = torch.tensor([t for r in here for t in r], device=hidden.device)
+            stats = token_logs(run, hidden[mask], targets, ref, mask)
+            old = stats["logp"].detach() if logp_old is None else logp_old[where]
+            loss, clipped = grpo_loss(
+                stats["logp"], old, stats["logp_ref"], advantage[part], mask, s.clip,
+                s.beta, s.kl, s.loss, len(batch.reward), total_tokens, s.max_new_tokens)
+            require(bool(loss.isfinite()), "the loss is not finite; lower --lr")
+            loss.backward()
+            sums["loss"] += loss.item()
+            sums["tokens"] += len(targets)
+            sums["entropy"] += stats["entropy"].sum().item()
+            sums["clipped"] += clipped.sum().item()
+            if stats["kl"] is not None:
+                sums["kl"] += stats["kl"].sum().item()
+    return sums
+
+
+def token_logs(run: Run, hidden: Tensor, targets: Tensor, ref: Tensor | None,
+               mask: Tensor) -> dict[str, Tensor | None]:
+    """Log-probs of response tokens: hidden, ref (N, D), targets (N,) → logp (n, C) …"""
+    s, head = run.settings, run.model.unembed
+    logp, entropy, kl = token_statistics(
+        hidden, head, targets, s.temperature, run.tokenizer.valid, True, ref)
+    logp_ref = None
+    if ref is not None:
+        with torch.no_grad():
+            logp_ref = token_statistics(
+                ref, head, targets, s.temperature, run.tokenizer.valid)[0]
+    return {"logp": spread(logp, mask), "entropy": entropy, "kl": kl,
+            "logp_ref": None if logp_ref is None else spread(logp_ref, mask)}
+
+
+def spread(values: Tensor, mask: Tensor) -> Tensor:
+    """Put values (N,) where mask (n, C) is True, 0 elsewhere."""
+    return torch.zeros(mask.shape, dtype=values.dtype, device=values.device
+                       ).masked_scatter(mask, values)
+
+
+def train_batch(run: Run, batch: Batch, optimizer: torch.optim.Optimizer,
+                clock: "Clock") -> dict[str, float]:
+    """All inner steps on one batch; the metrics are those of the last one."""
+    s = run.settings
+    with clock("reference"):
+        reference = reference_hidden(run, batch) if s.beta > 0 else None
+    parameters = lora.parameters(run.model, "policy")
+    # With beta 0 a dead group has no gradient: it is dropped before the forward pass.
+    groups = [p for p in range(len(batch.prompts)) if s.beta > 0 or batch.alive[p]]
+    old = batch.sampled.logp.unflatten(0, (-1, s.group_size))  # (P, G, C)
+    with clock("training"), lora.using(run.model, "policy"):
+        for _ in range(s.inner_steps):
+            sums = [train_group(run, batch, p,
+                                None if reference is None else reference[p],
+                                None if s.inner_steps == 1 else old[p])
+                    for p in groups]
+            if not groups:
+                return {"grad_norm": 0.0}
+            norm = nn.utils.clip_grad_norm_(parameters, 1.0)
+            require(bool(norm.isfinite()), "the gradient is not finite; lower --lr")
+            optimizer.step()
+            optimizer.zero_grad()
+    tokens = sum(x["tokens"] for x in sums)
+    metrics = {"loss": sum(x["loss"] for x in sums), "grad_norm": norm.item(),
+               "entropy": sum(x["entropy"] for x in sums) / tokens,
+               "clip_share": sum(x["clipped"] for x in sums) / tokens}
+    if reference is not None:
+        metrics["kl"] = sum(x["kl"] for x in sums) / tokens
+    return metrics
+
+
+class Clock:
+    """Seconds by phase: `with clock("sampling"): ...`."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._open: list[tuple[str, float]] = []
+
+    def __call__(self, phase: str) -> "Clock":
+        """Start counting for `phase`; the `with` block ends it."""
+        self._open.append((phase, time.perf_counter()))
+        return self
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        phase, started = self._open.pop()
+        spent = time.perf_counter() - started
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + spent
+
+
+def describe(run: Run, batch: Batch) -> dict:
+    """What the responses of a step were like, for metrics.jsonl."""
+    size, sampled = run.settings.group_size, batch.sampled
+    rows = sampled.responses()
+    groups = [rows[i:i + size] for i in range(0, len(rows), size)]
+    distinct = [len({tuple(r) for r in group}) for group in groups]
+    axes = {axis: {"mean": column.mean().item(), "std": column.std().item()}
+            for axis, column in zip(run.axes, batch.scores.unbind(1), strict=True)}
+    return {
+        "R": batch.reward.mean().item(), "R_std": batch.reward.std().item(),
+        "axes": axes, "advantage_std": batch.advantage.std().item(),
+        "dead_groups": 1 - batch.alive.float().mean().item(),
+        "length": sampled.mask.sum(1).float().mean().item(),
+        "cut_off": 1 - sampled.ended.float().mean().item(),
+        "distinct": sum(distinct) / len(distinct),
+        "tokens": int(sampled.mask.sum()),
+    }
+
+
+def train(run: Run, prompts: list[Prompt]) -> None:
+    """The loop: sample, score, compare, learn; a line of metrics a step."""
+    s = run.settings
+    parameters = lora.parameters(run.model, "policy")
+    trainable = sum(p.numel() for p in parameters if p.requires_grad)
+    require(trainable > 0, "nothing to train: the adapter has no parameters")
+    optimizer = torch.optim.AdamW(parameters, s.lr, weight_decay=0.0)
+    order = shuffled(prompts, s.seed)
+    bar = tqdm(total=s.steps, unit="step", file=sys.stderr)
+    with (run.folder / "metrics.jsonl").open("w") as metrics_file, \
+            (run.folder / "samples.jsonl").open("w") as samples_file:
+        for step in range(1, s.steps + 1):
+            clock, started = Clock(), time.perf_counter()
+            chosen = [next(order) for _ in range(s.prompts_per_step)]
+            with clock("sampling"):
+                sampled = sample_batch(run, chosen, step)
+            with clock("scoring"):
+                batch = score_batch(run, chosen, sampled)
+            metrics = describe(run, batch) | train_batch(run, batch, optimizer, clock)
+            require_movement(run, step, metrics)
+            seconds = time.perf_counter() - started
+            line = {"step": step, **metrics, "seconds": seconds, **{
+                f"seconds_{phase}": t for phase, t in clock.seconds.items()}}
+            metrics_file.write(json.dumps(line) + "\n")
+            metrics_file.flush()
+            write_samples(run, batch, step, samples_file)
+            show(bar, run, metrics, seconds)
+    bar.close()
+
+
+def shuffled(prompts: list[Prompt], seed: int):
+    """Prompts for ever, in a new order each time round."""
+    shuffle = random.Random(seed)
+    while True:
+        order = list(prompts)
+        shuffle.shuffle(order)
+        yield from order
+
+
+def require_movement(run: Run, step: int, metrics: dict) -> None:
+    """After the first step with a gradient, some B must have left zero."""
+    if step == 1 and metrics["grad_norm"] > 0:
+        moved = any(bool(layer.lora_B["policy"].any())
+                    for layer in lora.layers(run.model).values())
+        require(moved, "the adapter is still zero after the first step; nothing is "
+                "being learnt (is --lr too small for its type?)")
+
+
+def show(bar: tqdm, run: Run, metrics: dict, seconds: float) -> None:
+    """R, the axes, KL and speed, beside the bar's own time left."""
+    figures = {"R": f"{metrics['R']:.3f}"}
+    figures |= {a[:4]: f"{v['mean']:.2f}" for a, v in metrics["axes"].items()}
+    if "kl" in metrics:
+        figures["KL"] = f"{metrics['kl']:.3f}"
+    bar.set_postfix(figures | {"tok/s": f"{metrics['tokens'] / seconds:.0f}"},
+                    refresh=False)
+    bar.update()
+
+
+def write_samples(run: Run, batch: Batch, step: int, file) -> None:
+    """Every response of the step with its scores, R and advantage."""
+    for row, ids in enumerate(batch.sampled.responses()):
+        file.write(json.dumps({
+            "step": step, "prompt": batch.prompts[row // run.settings.group_size].text,
+            "response": run.tokenizer.decode(ids),
+            "scores": {a: round(x, 4) for a, x in
+                       zip(run.axes, batch.scores[row].tolist(), strict=True)},
+            "R": round(batch.reward[row].item(), 4),
+            "advantage": round(batch.advantage[row].item(), 4),
+        }, ensure_ascii=False) + "\n")
+    file.flush()
+
+
+# ------------------------------------------------------------------------- evaluation
+
+
+@torch.no_grad()
+def evaluate(run: Run, prompts: list[Prompt], title: str) -> tuple[dict, list[str]]:
+    """Answer held-out prompts with the policy; mean scores, and the answers.
+
+    Before and after use the same random numbers (step 0 of the table), so that the
+    difference is the training's. At step 0 the adapter is zero and the policy the base.
+    """
+    size, answers, by_judge = 32, [], {"reward_model": [], "gold": []}
+    kl, tokens, ended = 0.0, 0, []
+    one = dataclasses.replace(run, settings=dataclasses.replace(run.settings,
+                                                                group_size=1))
+    bar = tqdm(total=len(prompts), desc=title, unit="prompt", file=sys.stderr)
+    for start in range(0, len(prompts), size):
+        part = prompts[start:start + size]
+        batch = score_batch(one, part, sample_batch(one, part, 0))
+        rows = batch.sampled.responses()
+        answers += [run.tokenizer.decode(r).strip() for r in rows]
+        ended += batch.sampled.ended.tolist()
+        by_judge["reward_model"].append(batch.scores)
+        if run.gold:
+            by_judge["gold"] += [run.gold(p, [r])
+                                 for p, r in zip(part, rows, strict=True)]
+        kl += exact_kl(one, batch)
+        tokens += int(batch.sampled.mask.sum())
+        bar.update(len(part))
+    bar.close()
+    result = {}
+    for who, parts in by_judge.items():
+        if parts:
+            scores = torch.cat(parts)
+            result[who] = dict(zip(run.axes, scores.mean(0).tolist(), strict=True))
+            result[who]["R"] = combine(scores, run.weights).mean().item()
+    result |= {"kl": kl / tokens, "length": tokens / len(prompts),
+               "cut_off": 1 - sum(ended) / len(ended)}
+    if run.gold:
+        result["behaviour"] = behaviours(prompts, answers)
+    return result, answers
+
+
+def exact_kl(run: Run, batch: Batch) -> float:
+    """Σ over response tokens of KL(π ‖ ref), exact over the vocabulary, in nats."""
+    reference, total = reference_hidden(run, batch), 0.0
+    with lora.using(run.model, "policy"):
+        for p, prompt in enumerate(batch.prompts):
+            rows = group_rows(run, batch, p)
+            with run.model.shared_prefix(prompt.ids) as prefix:
+                hidden, mask = response_hidden(run, prompt.ids, rows, prefix)
+            targets = torch.tensor([t for r in rows for t in r], device=hidden.device)
+            stats = token_logs(run, hidden[mask], targets, reference[p][mask], mask)
+            total += stats["kl"].sum().item()
+    return total
+
+
+def behaviours(prompts: list[Prompt], answers: list[str]) -> dict[str, float]:
+    """Shares that the gold rubric can name, on harmful and on benign prompts."""
+    from data import rubric, world
+
+    pairs = [(world.lookup(p.text), p.text, a)
+             for p, a in zip(prompts, answers, strict=True)]
+    kinds = {side: [rubric.kind(text, answer) for known, text, answer in pairs
+                    if known.harmful == (side == "harmful")]
+             for side in ("harmful", "benign")}
+    return {side: {kind: round(names.count(kind) / len(names), 4)
+                   for kind in sorted(set(names))} for side, names in kinds.items()}
+
+
+# ------------------------------------------------------------------------ command line
+
+
+def read_prompts(s: Settings, tokenizer: Tokenizer,
+                 context: int) -> tuple[list[Prompt], list[Prompt]]:
+    """Training and held-out prompts of the file, checked against the context."""
+    home = TINY if is_tiny(s.model) else TINY.parent
+    path = s.prompts or home / "prompts.jsonl"
+    train_prompts, held_out = [], []
+    rows = read_rows(path, responses=False)
+    for index, row in enumerate(rows):
+        prompt = Prompt(row["prompt"], tokenizer.chat(row["prompt"]), index)
+        need = len(prompt.ids) + s.max_new_tokens
+        require(need <= context, f"{path}: prompt {index + 1} needs {need} tokens with "
+                f"its answer, the context has {context}; shorten it")
+        held = row.get("split", "train") == "heldout"
+        (held_out if held else train_prompts).append(prompt)
+    if not held_out:  # a file without splits: hold out a fifth
+        random.Random(s.seed).shuffle(train_prompts)
+        cut = max(1, len(train_prompts) // 5)
+        held_out, train_prompts = train_prompts[:cut], train_prompts[cut:]
+    require(bool(train_prompts), f"{path} has no prompts to train on")
+    # A fixed sample: seeds differ in training, not in what they are judged on.
+    random.Random(0).shuffle(held_out)
+    return train_prompts, held_out[:s.eval_prompts]
+
+
+def gold_scorer(tokenizer: Tokenizer, prompts: list[Prompt]):
+    """The tiny world's rubric, if it knows every prompt; else None."""
+    from data import rubric, world
+
+    if any(world.lookup(p.text) is None for p in prompts):
+        return None
+
+    def score(prompt: Prompt, responses: list[list[int]]) -> Tensor:
+        marks = [rubric.score(prompt.text, tokenizer.decode(r)) for r in responses]
+        return torch.tensor([[m[a] for a in rubric.AXES] for m in marks])  # (n, K)
+
+    return score
+
+
+def prepare(settings: Settings) -> tuple[Run, list[Prompt], list[Prompt]]:
+    """Load or train everything that a run needs."""
+    s = settings
+    model, tokenizer = load(s.model, s.device, s.dtype and getattr(torch, s.dtype))
+    prompts, held_out = read_prompts(s, tokenizer, model.config.max_position_embeddings)
+    gold = gold_scorer(tokenizer, prompts + held_out)
+    if s.reward == "gold":
+        require(gold is not None, "--reward gold: these prompts are not from the tiny "
+                "world, for which alone there is a gold rubric")
+        from data import rubric
+        axes, score = list(rubric.AXES), gold
+    else:
+        scorer = find_reward_model(s, model, tokenizer)
+        axes = scorer.axes
+
+        def score(prompt: Prompt, responses: list[list[int]]) -> Tensor:
+            return scorer.score(prompt.ids, responses)
+
+        if gold:
+            from data import rubric
+            gold = gold if axes == list(rubric.AXES) else None
+    weights = parse_weights(s.weights, axes)
+    lora.attach(model, "policy", s.rank, 2 * s.rank, s.seed)
+    folder = s.out or free_folder(s)
+    require(not (folder / "metrics.jsonl").exists(), f"{folder} holds a run already; "
+            "choose another --out")
+    run = Run(s, model, tokenizer, axes, weights, score, gold, folder)
+    return run, prompts, held_out
+
+
+def find_reward_model(s: Settings, model: Qwen,
+                      tokenizer: Tokenizer) -> reward_model.RewardModel:
+    """Load the reward model of this base; train it first where there is none."""
+    folder = Path(s.reward) if s.reward else reward_model.default_folder(s.model)
+    if s.reward or (folder / "reward.json").is_file():
+        return reward_model.load(model, folder)
+    print(f"there is no reward model for {s.model} yet: training one into {folder}")
+    options = reward_model.Settings(model=s.model, seed=s.seed, device=s.device)
+    scorer = reward_model.train_reward_model(model, tokenizer, s.model, options, folder)
+    for parameter in scorer.parameters():
+        parameter.requires_grad_(False)
+    return scorer
+
+
+def free_folder(s: Settings) -> Path:
+    """runs/NAME, or the first runs/NAME-2, -3 … that is free."""
+    name = Path(s.model).name.lower()
+    number = 1
+    while True:
+        folder = Path("runs") / (name if number == 1 else f"{name}-{number}")
+        if not folder.exists():
+            return folder
+        number += 1
+
+
+@torch.no_grad()
+def estimate_seconds(run: Run, prompts: list[Prompt], held_out: list[Prompt]) -> float:
+    """How long the run will take here, from one scoring pass and two decoding steps."""
+    s, prompt = run.settings, prompts[0]
+    rows = s.prompts_per_step * s.group_size
+    length = s.max_new_tokens * 0.6  # most responses end before the limit
+    block = torch.zeros(s.group_size, 32, dtype=torch.long, device=run.model.device)
+    started = time.perf_counter()
+    run.model(block)
+    per_token = (time.perf_counter() - started) / block.numel()
+    probe = draw_uniforms(0, 0, 0, rows, 3)[None]
+    started = time.perf_counter()
+    rollout(run.model, run.tokenizer, [prompt.ids], probe, s.temperature)
+    per_decode = (time.perf_counter() - started) / 4  # the prompt counts as one more
+    passes = 1 + (s.beta > 0) + 3 * s.inner_steps  # a backward pass is two forward ones
+    tokens = rows * length + s.prompts_per_step * len(prompt.ids)
+    step = per_decode * s.max_new_tokens + passes * tokens * per_token
+    answers = 2 * len(held_out) * (length + len(prompt.ids)) * 3 * per_token
+    return s.steps * step + answers + 2 * len(held_out) / 16 * per_decode * length
+
+
+def report(run: Run, held_out: list[Prompt], before: tuple, after: tuple) -> None:
+    """The table and three pairs of answers, drawn by the seed."""
+    rows = []
+    for who in ("reward_model", "gold"):
+        if who in before[0]:
+            rows += [[f"{who} {axis}", old, after[0][who][axis],
+                      f"{after[0][who][axis] - old:+.3f}"]
+                     for axis, old in before[0][who].items()]
+    print(f"\n{len(held_out)} held-out prompts, mean score before and after")
+    print(format_table(["judge and axis", "before", "after", "change"], rows))
+    print(f"exact KL to the base: {after[0]['kl']:.3f} nats a token")
+    for i in random.Random(run.settings.seed).sample(range(len(held_out)),
+                                                     min(3, len(held_out))):
+        print(f"\nprompt: {held_out[i].text}\nbefore: {before[1][i]}\n"
+              f"after:  {after[1][i]}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Align a model and say what became of it."""
+    started = time.perf_counter()
+    settings = resolve(parse_settings(Settings, __doc__.split("\n")[0], argv))
+    run, prompts, held_out = prepare(settings)
+    shares = run.weights / run.weights.sum()
+    print("R = " + " + ".join(f"{w:.2f} {a}" for w, a in
+                              zip(shares.tolist(), run.axes, strict=True)))
+    expected = format_seconds(estimate_seconds(run, prompts, held_out))
+    print(f"{settings.steps} steps of {settings.prompts_per_step} prompts × "
+          f"{settings.group_size} responses; about {expected} on this machine; "
+          f"writing {run.folder}")
+    config = {k: str(v) if isinstance(v, Path) else v
+              for k, v in dataclasses.asdict(settings).items()}
+    write_json(run.folder / "config.json", config | {
+        "out": str(run.folder), "axes": run.axes, "weights_used": shares.tolist(),
+        "torch": torch.__version__, "threads": torch.get_num_threads()})
+    before = evaluate(run, held_out, "before")
+    train(run, prompts)
+    lora.save(run.model, "policy", run.folder / "adapter", settings.model)
+    after = evaluate(run, held_out, "after")
+    report(run, held_out, before, after)
+    seconds = time.perf_counter() - started
+    write_json(run.folder / "summary.json", {
+        "before": before[0], "after": after[0], "seconds": round(seconds, 1),
+        "peak_rss_gb": round(peak_rss_gb(), 2), "seed": settings.seed,
+        "held_out_prompts": len(held_out), "model": settings.model,
+        "answers": [{"prompt": p.text, "before": b, "after": a} for p, b, a in
+                    zip(held_out, before[1], after[1], strict=True)]})
+    write_checksums(run.folder)
+    print(f"\n{format_seconds(seconds)}, peak {peak_rss_gb():.2f} GB; "
+          f"adapter in {run.folder / 'adapter'} (PEFT format)")
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(sys.argv[1:])

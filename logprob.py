@@ -1,0 +1,132 @@
+"""log π(token) without a (tokens × vocabulary) tensor.
+
+A head of V = 151,936 tokens turns 4,096 hidden states into 2.5 GB of fp32 logits, and
+autograd would keep several copies. Only one number a token is wanted:
+
+    z = W h / T                 logits over the valid vocabulary, T the temperature
+    log π(y) = z_y − log Σ_v exp z_v
+
+    ∇_h log π(y) = (W_y − Σ_v π(v) W_v) / T = (W_y − E_π[W]) / T
+
+The gradient needs nothing but E_π[W] (D numbers), which the forward pass has at hand
+while a chunk of logits exists. So: two products with W in the forward pass, none in the
+backward pass, nothing recomputed, and no gradient for the frozen head. The same chunk
+also gives the entropy and the exact KL divergence to a second distribution.
+
+`naive` is the reference that everything is tested against. The seam for another
+implementation (a fused GPU kernel) is `_statistics`: hidden states in, per-token
+numbers and the slope ∇_h log π(y) out.
+"""
+
+import torch
+from torch import Tensor
+
+# Rows of logits held at a time: 64 MB of fp32. Larger chunks are not faster on a CPU.
+CHUNK_NUMBERS = 16_000_000
+
+
+def naive(hidden: Tensor, unembed: Tensor, targets: Tensor, temperature: float = 1.0,
+          valid: int | None = None) -> Tensor:
+    """The definition, with the full (N, V) logits: the reference for tests."""
+    logits = hidden @ unembed[:valid].T  # (N, V)
+    logits = logits.to(_wide(hidden)) / temperature
+    return logits.log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
+
+
+def token_logprobs(hidden: Tensor, unembed: Tensor, targets: Tensor,
+                   temperature: float = 1.0, valid: int | None = None) -> Tensor:
+    """log π(target) for each hidden state, one chunk of logits at a time.
+
+    Args:
+        hidden: (N, D), after the model's last norm.
+        unembed: (V, D), frozen: asking for its gradient is refused.
+        targets: (N,) token ids below `valid`.
+        temperature: T > 0, as the sampler used it.
+        valid: ids from here on have probability 0 (the vocabulary's padding).
+
+    Returns:
+        (N,) in fp32 (float64 for float64 inputs), differentiable in `hidden`.
+    """
+    return token_statistics(hidden, unembed, targets, temperature, valid)[0]
+
+
+def token_statistics(
+    hidden: Tensor,
+    unembed: Tensor,
+    targets: Tensor,
+    temperature: float = 1.0,
+    valid: int | None = None,
+    entropy: bool = False,
+    reference: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """`token_logprobs`, with figures from the same pass over the vocabulary.
+
+    Args:
+        entropy: also return H(π) in nats.
+        reference: (N, D) hidden states of a second model with the same head; also
+            return the exact KL(π ‖ ref) in nats.
+
+    Returns:
+        logp (N,) with its gradient; entropy (N,) and kl (N,) without, or None.
+    """
+    if unembed.requires_grad:
+        raise ValueError("the head is frozen here; use `naive` to train it")
+    return _TokenStatistics.apply(
+        hidden, unembed, targets, temperature, valid, entropy, reference)
+
+
+class _TokenStatistics(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, unembed, targets, temperature, valid, entropy, reference):
+        need_grad = ctx.needs_input_grad[0]
+        rows = max(1, CHUNK_NUMBERS // unembed.shape[0])
+        parts = []
+        for start in range(0, max(1, len(hidden)), rows):  # N = 0: one empty chunk
+            here = slice(start, start + rows)
+            ref = None if reference is None else reference[here]
+            parts.append(_statistics(hidden[here], unembed[:valid], targets[here],
+                                     temperature, need_grad, entropy, ref))
+        logp, h, kl, slope = (
+            torch.cat(column) if column[0] is not None else None
+            for column in zip(*parts, strict=True))
+        ctx.save_for_backward(slope)
+        ctx.mark_non_differentiable(*(t for t in (h, kl) if t is not None))
+        return logp, h, kl
+
+    @staticmethod
+    def backward(ctx, grad_logp, _entropy, _kl):
+        # d loss/d h = (d loss/d log π) · (W_y − E_π[W]) / T
+        (slope,) = ctx.saved_tensors  # (N, D)
+        grad = (grad_logp[:, None] * slope).to(slope.dtype)
+        return grad, None, None, None, None, None, None
+
+
+def _statistics(hidden, unembed, targets, temperature, need_grad, entropy, reference):
+    """One chunk: logp (n,), entropy (n,), KL (n,) and the slope of logp (n, D)."""
+    logp_all = _log_softmax(hidden, unembed, temperature)  # (n, V)
+    logp = logp_all.gather(-1, targets[:, None]).squeeze(-1)  # (n,)
+    h = kl = slope = None
+    if entropy or need_grad or reference is not None:
+        prob = logp_all.exp()  # (n, V)
+    if entropy:
+        h = -(prob * logp_all).sum(-1)  # H(π) = −Σ π log π
+    if reference is not None:
+        # KL(π ‖ ref) = Σ π (log π − log ref), over the whole vocabulary
+        ref_all = _log_softmax(reference, unembed, temperature)  # (n, V)
+        kl = (prob * ref_all.neg_().add_(logp_all)).sum(-1)
+    if need_grad:
+        # (e_y − π) W, not W_y − π W: where π(y) is near 1 the two rows nearly cancel,
+        # and in bf16 their difference would be rounding noise.
+        share = prob.neg_().scatter_(-1, targets[:, None], -logp.expm1()[:, None])
+        slope = share.to(unembed.dtype) @ unembed / temperature  # (n, D)
+    return logp, h, kl, slope
+
+
+def _log_softmax(hidden: Tensor, unembed: Tensor, temperature: float) -> Tensor:
+    logits = (hidden @ unembed.T).to(_wide(hidden))  # (n, V)
+    return logits.div_(temperature).log_softmax(-1)
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    """fp32, or float64 where the input has it: never bf16, whose sums drift."""
+    return torch.promote_types(tensor.dtype, torch.float32)

@@ -1,0 +1,252 @@
+"""LoRA, by hand: several named adapters over one frozen base.
+
+[L1]   y = W x + (α / r) · B A x        W (out, in) frozen, A (r, in), B (out, r)
+
+(Hu et al., arXiv 2106.09685.) A starts random and B at zero: at step 0 the product BA
+vanishes, and the policy *is* the base model. Only A and B are trained.
+
+One base, three roles: `with using(model, "policy"):` lets the policy speak, `"reward"`
+the reward model, and `None` the bare base, which is GRPO's reference. No second copy of
+the weights exists, and they are never changed: merging (bf16 would drift) is an
+explicit call, `merged`, whose result goes into a new checkpoint.
+"""
+
+import contextlib
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from model import Qwen, base_parameters, fingerprint, open_shard
+from run import (
+    UserError,
+    read_json,
+    require,
+    verify_checksums,
+    write_checksums,
+    write_json,
+    write_whole,
+)
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj",
+               "gate_proj", "up_proj", "down_proj")
+
+
+class Speaker:
+    """Says which adapter is speaking; all layers of a model look at the same one."""
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+
+
+class LoRALinear(nn.Module):
+    """A frozen linear layer and its adapters; `speaker` picks the one that counts."""
+
+    def __init__(self, base: nn.Linear, speaker: Speaker) -> None:
+        super().__init__()
+        self.base = base
+        self.speaker = speaker
+        self.lora_A = nn.ParameterDict()  # name → (r, in)
+        self.lora_B = nn.ParameterDict()  # name → (out, r)
+        self.scale: dict[str, float] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) → (..., out)."""
+        y = self.base(x)
+        name = self.speaker.name
+        if name not in self.scale:
+            return y
+        # [L1] y = W x + (α / r) · B A x
+        # Adapters stay in fp32 whatever the base's type: an update of 1e-5 is lost in
+        # the 8 bits of a bf16 weight.
+        a, b = self.lora_A[name], self.lora_B[name]
+        change = (x.to(a.dtype) @ a.T) @ b.T * self.scale[name]
+        return y + change.to(y.dtype)
+
+
+def attach(model: Qwen, name: str, rank: int, alpha: float, seed: int = 0) -> None:
+    """Add an adapter called `name` to all seven projections of every block.
+
+    Args:
+        rank: r, the width of the bottleneck.
+        alpha: α; the change is scaled by α / r, so that r can vary with lr fixed.
+        seed: of A, which starts uniform in ±1/sqrt(in) (PEFT's default).
+
+    Raises:
+        UserError: rank < 1, or an adapter of that name is there already.
+    """
+    require(rank >= 1, f"the LoRA rank is {rank}; it must be at least 1")
+    if not hasattr(model, "speaker"):
+        model.speaker = Speaker()
+        model.adapters = {}
+        for block in model.model.layers:
+            for part in (block.self_attn, block.mlp):
+                for projection, layer in list(part.named_children()):
+                    if projection in PROJECTIONS:
+                        setattr(part, projection, LoRALinear(layer, model.speaker))
+    require(name not in model.adapters, f"there is an adapter {name!r} already")
+    model.adapters[name] = {"rank": rank, "alpha": alpha}
+    generator = torch.Generator().manual_seed(seed)
+    # float64 bases exist only in tests, whose tolerances fp32 adapters would spoil.
+    dtype = torch.promote_types(torch.float32, model.unembed.dtype)
+    for layer in layers(model).values():
+        out, width = layer.base.weight.shape
+        bound = 1 / math.sqrt(width)
+        a = torch.empty(rank, width).uniform_(-bound, bound, generator=generator)
+        place = {"device": model.device, "dtype": dtype}
+        layer.lora_A[name] = nn.Parameter(a.to(**place))
+        layer.lora_B[name] = nn.Parameter(torch.zeros(out, rank, **place))
+        layer.scale[name] = alpha / rank
+
+
+def detach(model: Qwen, name: str) -> None:
+    """Remove an adapter."""
+    del model.adapters[name]
+    for layer in layers(model).values():
+        del layer.lora_A[name], layer.lora_B[name], layer.scale[name]
+
+
+@contextlib.contextmanager
+def using(model: Qwen, name: str | None) -> Iterator[None]:
+    """Let adapter `name` speak (None: the bare base) until the block ends.
+
+    Raises:
+        UserError: there is no such adapter.
+    """
+    known = getattr(model, "adapters", {})
+    require(name is None or name in known, f"no adapter {name!r}; there are "
+            f"{sorted(known) or 'none'}")
+    if not known:
+        yield
+        return
+    before, model.speaker.name = model.speaker.name, name
+    try:
+        yield
+    finally:
+        model.speaker.name = before
+
+
+def layers(model: Qwen) -> dict[str, LoRALinear]:
+    """Name in the model → its LoRA layer, in the model's order."""
+    return {name: layer for name, layer in model.named_modules()
+            if isinstance(layer, LoRALinear)}
+
+
+def parameters(model: Qwen, name: str) -> list[nn.Parameter]:
+    """The trainable tensors of an adapter, A and B of each layer in turn."""
+    return [p for layer in layers(model).values()
+            for p in (layer.lora_A[name], layer.lora_B[name])]
+
+
+# -------------------------------------------------------------------- files (PEFT's)
+
+
+def save(model: Qwen, name: str, folder: Path, base: str) -> None:
+    """Write an adapter as PEFT lays it out, so that the usual tools load it.
+
+    Args:
+        base: the base's folder or Hub name, for people and for PEFT.
+
+    The base's fingerprint rides in the safetensors metadata, where PEFT does not look;
+    SHA256SUMS covers every file.
+    """
+    tensors = {}
+    for path, layer in layers(model).items():
+        for part in ("lora_A", "lora_B"):
+            weight = getattr(layer, part)[name].detach().cpu().contiguous()
+            tensors[f"base_model.model.{path}.{part}.weight"] = weight
+    settings = model.adapters[name]
+    config = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True,
+        "base_model_name_or_path": base, "r": settings["rank"],
+        "lora_alpha": settings["alpha"], "target_modules": list(PROJECTIONS),
+        "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False,
+        "use_rslora": False, "use_dora": False,
+    }
+    metadata = {"format": "pt", "base_fingerprint": fingerprint(model)}
+    write_whole(folder / "adapter_model.safetensors",
+                safetensors.torch.save(tensors, metadata))
+    write_json(folder / "adapter_config.json", config)
+    write_checksums(folder)
+
+
+def load(model: Qwen, name: str, folder: Path) -> None:
+    """Attach the adapter in `folder` as `name`; PEFT's own LoRA adapters load too.
+
+    Raises:
+        UserError: missing or altered files, another base, other layers or shapes.
+    """
+    require(folder.is_dir(), f"no adapter folder {folder}")
+    verify_checksums(folder)
+    config = read_json(folder / "adapter_config.json")
+    foreign = [k for k in ("use_dora", "use_rslora", "fan_in_fan_out", "rank_pattern",
+                           "alpha_pattern", "modules_to_save") if config.get(k)]
+    require(config.get("peft_type") == "LORA" and not foreign, f"{folder} is not a "
+            f"plain LoRA adapter ({', '.join(foreign) or config.get('peft_type')})")
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    require(isinstance(rank, int) and isinstance(alpha, (int, float))
+            and math.isfinite(alpha),
+            f"{folder}/adapter_config.json: r and lora_alpha must be numbers")
+    path = folder / "adapter_model.safetensors"
+    with open_shard(path) as shard:
+        made_for = (shard.metadata() or {}).get("base_fingerprint")
+        require(made_for in (None, fingerprint(model)), f"{folder} was trained on "
+                f"another base model ({config.get('base_model_name_or_path')}); load "
+                "that one with --model")
+        tensors = {key: shard.get_tensor(key) for key in shard.keys()}
+    _check_pairs(tensors, rank, path)
+    attach(model, name, rank, alpha)
+    try:
+        _fill(model, name, tensors, path)
+    except UserError:
+        detach(model, name)
+        raise
+
+
+def _check_pairs(tensors: dict[str, Tensor], rank: int, path: Path) -> None:
+    # Before `attach`, which sets aside room for `rank`. A lost half would go unnoticed:
+    # a B would act on a random A.
+    twins = {"lora_A": "lora_B", "lora_B": "lora_A"}
+    for key, weight in tensors.items():
+        if ".lora_A." in key:
+            require(weight.shape[:1] == (rank,), f"{path}: {key} has shape "
+                    f"{list(weight.shape)}, adapter_config.json says r = {rank}")
+        twin = re.sub("lora_[AB]", lambda m: twins[m[0]], key)
+        require(twin in tensors, f"{path} lacks {twin}")
+
+
+def _fill(model: Qwen, name: str, tensors: dict[str, Tensor], path: Path) -> None:
+    expected = {f"base_model.model.{where}.{part}.weight": getattr(layer, part)[name]
+                for where, layer in layers(model).items()
+                for part in ("lora_A", "lora_B")}
+    # An adapter may leave layers out; B = 0 there says the same.
+    unknown = tensors.keys() - expected.keys()
+    require(not unknown, f"{path} has unknown tensor(s), such as "
+            f"{min(unknown, default='')}")
+    require(bool(tensors), f"{path} holds no tensors")
+    for key, weight in tensors.items():
+        want = expected[key].shape
+        require(weight.shape == want, f"{path}: {key} has shape {list(weight.shape)}, "
+                f"this base asks for {list(want)}")
+        require(bool(weight.isfinite().all()),
+                f"{path}: {key} holds values that are not finite")
+        with torch.no_grad():
+            expected[key].copy_(weight)
+
+
+@torch.no_grad()
+def merged(model: Qwen, name: str) -> dict[str, Tensor]:
+    """Base weights with W + (α / r) B A in place of W, for a new checkpoint.
+
+    The sum is taken in fp32 and rounded once; the model itself stays as it is.
+    """
+    weights = {key: value.clone() for key, value in base_parameters(model).items()}
+    for path, layer in layers(model).items():
+        change = layer.lora_B[name] @ layer.lora_A[name] * layer.scale[name]
+        old = layer.base.weight
+        weights[f"{path}.weight"] = (old.to(change.dtype) + change).to(old.dtype)
+    return weights

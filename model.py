@@ -1,0 +1,676 @@
+"""Qwen from its own files: config.json, *.safetensors, tokenizer.json → hidden states.
+
+One class runs Qwen2 and Qwen2.5 (bias on q, k, v) and dense Qwen3 (no bias, a norm on
+each query and key). The architecture is a pre-norm decoder: RMSNorm, grouped-query
+attention with rotary positions, RMSNorm, SwiGLU.
+
+What differs from the Hugging Face implementation, on purpose:
+
+* `forward` returns hidden states, not logits. (tokens × vocabulary) is by far the
+  largest tensor of training; `logprob.py` never builds it, so nobody may by accident.
+* A prompt is computed once. `prefill` returns the keys and values of a prompt, and any
+  number of rows attend to them, in sampling, scoring and training (`shared_prefix`).
+* Nothing depends on padding: rows are padded on the right, where causal attention
+  cannot look, and prompts on the left, where a mask hides them.
+
+Shapes: B rows, T tokens, S tokens of the prefix, D width, Hq query heads, Hkv key and
+value heads, Dh head size, V vocabulary. README.md has the whole list.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import jinja2
+import jinja2.sandbox
+import safetensors
+import tokenizers
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from run import UserError, available_memory, read_json, require, verify_checksums
+
+TINY = Path(__file__).resolve().parent / "data" / "tiny"
+SIZES = {"tiny": str(TINY)} | {
+    size: f"Qwen/Qwen2.5-{size.upper()}-Instruct"
+    for size in ("0.5b", "1.5b", "3b", "7b", "14b")
+}
+
+
+def is_tiny(source: str | Path) -> bool:
+    """Is this the bundled checkpoint, whose world has data and a rubric of its own?"""
+    return Path(source).resolve() == TINY
+
+
+# ---------------------------------------------------------------------------- config
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The sizes of a checkpoint, under their names in `config.json`."""
+
+    model_type: str  # "qwen2" (also Qwen2.5) or "qwen3"
+    vocab_size: int  # V, often padded beyond what the tokenizer knows
+    hidden_size: int  # D
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int  # Hq
+    num_key_value_heads: int  # Hkv
+    head_dim: int  # Dh; Qwen3 states it, Qwen2 has D / Hq
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope_theta: float
+    tie_word_embeddings: bool
+
+    @property
+    def bias(self) -> bool:
+        """Qwen2 adds a bias to q, k and v."""
+        return self.model_type == "qwen2"
+
+    @property
+    def qk_norm(self) -> bool:
+        """Qwen3 normalises every query and key head."""
+        return self.model_type == "qwen3"
+
+    @property
+    def weights(self) -> int:
+        """How many numbers the checkpoint holds, known before any tensor is made."""
+        width, size = self.hidden_size, self.head_dim
+        q, kv = self.num_attention_heads * size, self.num_key_value_heads * size
+        attention = 2 * width * (q + kv) + self.bias * (q + 2 * kv)
+        norms = 2 * width + self.qk_norm * 2 * size
+        block = attention + 3 * width * self.intermediate_size + norms
+        ends = (1 if self.tie_word_embeddings else 2) * self.vocab_size * width + width
+        return self.num_hidden_layers * block + ends
+
+
+def read_config(path: Path) -> Config:
+    """Read and check `config.json`.
+
+    Raises:
+        UserError: not a dense Qwen2, Qwen2.5 or Qwen3, or sizes that do not fit.
+    """
+    raw = read_json(path)
+    kind = raw.get("model_type")
+    require(kind in ("qwen2", "qwen3"), f"{path}: model_type is {kind!r}; only dense "
+            "qwen2 (Qwen2, Qwen2.5) and qwen3 checkpoints can be read")
+    # Newer files keep the rotary base inside `rope_parameters`.
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    require(isinstance(rope, dict), f"{path}: rope_parameters must be an object")
+    scaling = rope.get("rope_type", rope.get("type", "default"))
+    require(scaling == "default", f"{path}: rotary scaling {scaling!r} is not "
+            "supported; remove rope_scaling to use the native context length")
+    windows = set(raw.get("layer_types") or []) - {"full_attention"}
+    require(not raw.get("use_sliding_window") and not windows,
+            f"{path}: sliding-window attention is not supported")
+    require(raw.get("hidden_act", "silu") == "silu",
+            f"{path}: hidden_act is {raw.get('hidden_act')!r}, expected 'silu'")
+    values = {"rope_theta": rope.get("rope_theta", 10000.0), "head_dim": None,
+              "tie_word_embeddings": False, "rms_norm_eps": 1e-6} | raw
+    if values["head_dim"] is None:
+        values["head_dim"] = _quotient(raw, "hidden_size", "num_attention_heads", path)
+    for field in dataclasses.fields(Config):
+        value = values.get(field.name)
+        good = isinstance(value, field.type) or (
+            field.type is float and isinstance(value, int))
+        positive = field.type not in (int, float) or (good and value > 0)
+        require(good and positive, f"{path}: {field.name} is {value!r}, expected a "
+                f"{'positive ' if field.type is not bool else ''}{field.type.__name__}")
+    config = Config(**{f.name: values[f.name] for f in dataclasses.fields(Config)})
+    _quotient(raw, "num_attention_heads", "num_key_value_heads", path)
+    require(config.head_dim % 2 == 0, f"{path}: head_dim must be even")
+    return config
+
+
+def _quotient(raw: dict, over: str, under: str, path: Path) -> int:
+    a, b = raw.get(over), raw.get(under)
+    good = isinstance(a, int) and isinstance(b, int) and b > 0 and a % b == 0
+    require(good, f"{path}: {over} ({a}) must be a multiple of {under} ({b})")
+    return a // b
+
+
+# ---------------------------------------------------------------------------- layers
+
+
+class RMSNorm(nn.Module):
+    """y = x / sqrt(mean(x²) + eps) · weight, computed in fp32 or better."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last dimension; shape and dtype stay."""
+        # A bf16 square has 8 bits: too few for a mean over thousands of them.
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * wide.to(x.dtype)
+
+
+def rotary(positions: Tensor, config: Config, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """cos and sin of the rotary angles (B, 1, T, Dh) for positions (B, T).
+
+    RoFormer (arXiv 2104.09864): pair i of a head turns by position · theta^(-2i/Dh).
+    Qwen pairs element i with element i + Dh/2, not with its neighbour.
+    """
+    pairs = torch.arange(0, config.head_dim, 2, device=positions.device)
+    speed = config.rope_theta ** (-pairs.float() / config.head_dim)  # (Dh/2,)
+    angles = positions[:, None, :, None].float() * speed  # (B, 1, T, Dh/2)
+    angles = torch.cat([angles, angles], -1)  # (B, 1, T, Dh)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn heads x (B, H, T, Dh) by the angles of `rotary`."""
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat([-second, first], -1) * sin
+
+
+class Attention(nn.Module):
+    """Grouped-query attention: Hq / Hkv query heads share one key and value head."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        heads, shared = config.num_attention_heads, config.num_key_value_heads
+        size, width = config.head_dim, config.hidden_size
+        self.head_dim = size
+        self.q_proj = nn.Linear(width, heads * size, bias=config.bias)
+        self.k_proj = nn.Linear(width, shared * size, bias=config.bias)
+        self.v_proj = nn.Linear(width, shared * size, bias=config.bias)
+        self.o_proj = nn.Linear(heads * size, width, bias=False)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(size, config.rms_norm_eps)
+            self.k_norm = RMSNorm(size, config.rms_norm_eps)
+        self.qk_norm = config.qk_norm
+
+    def forward(self, x: Tensor, angles: tuple, layer: int, cache: "Cache") -> Tensor:
+        """x (B, T, D) → (B, T, D), attending to the cache and, causally, to itself."""
+        split = (*x.shape[:2], -1, self.head_dim)
+        q, k, v = (proj(x).view(split) for proj in
+                   (self.q_proj, self.k_proj, self.v_proj))  # (B, T, H, Dh)
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (h.transpose(1, 2) for h in (q, k, v))  # (B, H, T, Dh)
+        q, k = rotate(q, *angles), rotate(k, *angles)
+        k, v = cache.extend(layer, k, v)  # (B, Hkv, S + T, Dh)
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=cache.mask, is_causal=cache.plain_causal,
+            enable_gqa=True,
+        )  # (B, Hq, T, Dh)
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """SwiGLU (arXiv 2002.05202): down(silu(gate(x)) · up(x))."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        width, inner = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(width, inner, bias=False)
+        self.up_proj = nn.Linear(width, inner, bias=False)
+        self.down_proj = nn.Linear(inner, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, T, D) → (B, T, D)."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """One layer: attention and MLP, each behind a norm and added to the stream."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, angles: tuple, layer: int, cache: "Cache") -> Tensor:
+        """x (B, T, D) → (B, T, D)."""
+        x = x + self.self_attn(self.input_layernorm(x), angles, layer, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+# ----------------------------------------------------------------------------- cache
+
+
+class Cache:
+    """Keys and values of a prefix, which later rows attend to and never change.
+
+    One class serves every use. `prefill` fills it with P prompts, padded on the left.
+    In training and scoring P is 1, and any number of rows reads it (`extend` expands).
+    For decoding, `for_decoding` repeats each prompt G times and adds room for C tokens,
+    which `extend` then fills in place.
+
+    Attributes:
+        keys, values: one tensor a layer, (P, Hkv, S, Dh).
+        padding: (P,) how many of the S places at the left are empty.
+        length: S, places in use.
+        mask: (B, 1, T, S + T) bool or None, set by `prepare` for one forward pass.
+    """
+
+    def __init__(self, layers: int, padding: Tensor | None = None) -> None:
+        self.keys: list[Tensor | None] = [None] * layers
+        self.values: list[Tensor | None] = [None] * layers
+        self.padding = padding
+        self.length = 0
+        self.store = False  # does `extend` keep what it is given?
+        self.in_place = False  # into room that was set aside?
+        self.mask: Tensor | None = None
+        self.plain_causal = False
+
+    def prepare(self, tokens: Tensor) -> Tensor:
+        """Set the mask for a pass over tokens (B, T); return their positions (B, T)."""
+        rows, new = tokens.shape
+        places = torch.arange(self.length, self.length + new, device=tokens.device)
+        padding = self.padding
+        padded = padding is not None and bool(padding.any())
+        # Without a mask, attention may use its fastest kernel. A single new token sees
+        # all places; with no prefix the usual triangle is enough.
+        self.mask, self.plain_causal = None, new > 1 and not self.length and not padded
+        if padded or (new > 1 and self.length):
+            seen = torch.arange(self.length + new, device=tokens.device)
+            self.mask = (seen <= places[:, None])[None, None]  # (1, 1, T, S + T)
+            if padded:
+                real = (seen >= padding[:, None])[:, None, None]  # (P, 1, 1, S + T)
+                # A padding place sees only itself; with nothing to see at all,
+                # softmax would give NaN.
+                self.mask = self.mask & real | (seen == places[:, None])
+        if padding is None:
+            return places.expand(rows, new)
+        return (places - padding[:, None]).clamp(min=0).expand(rows, new)
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Join the prefix with new keys and values (B, Hkv, T, Dh)."""
+        if self.in_place:
+            end = self.length + k.shape[2]
+            self.keys[layer][:, :, self.length:end] = k
+            self.values[layer][:, :, self.length:end] = v
+            return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+        if self.length:
+            size = (k.shape[0], -1, -1, -1)
+            k = torch.cat([self.keys[layer].expand(size), k], 2)
+            v = torch.cat([self.values[layer].expand(size), v], 2)
+        if self.store:
+            self.keys[layer], self.values[layer] = k, v
+        return k, v
+
+    def for_decoding(self, group_size: int, room: int) -> "Cache":
+        """A cache of B = P·G rows with `room` free places behind the prompts."""
+        decoding = Cache(len(self.keys), self.padding.repeat_interleave(group_size))
+        decoding.length, decoding.in_place = self.length, True
+        for name in ("keys", "values"):
+            decoding.__dict__[name] = [
+                F.pad(t.repeat_interleave(group_size, 0), (0, 0, 0, room))
+                for t in getattr(self, name)
+            ]  # (B, Hkv, S + room, Dh)
+        return decoding
+
+    def keep(self, rows: Tensor) -> None:
+        """Drop all rows but these; finished responses cost nothing."""
+        self.keys = [k[rows] for k in self.keys]
+        self.values = [v[rows] for v in self.values]
+        self.padding = self.padding[rows]
+
+    def meeting_point(self) -> "Cache":
+        """The same prefix, detached: micro-batches leave their gradients in `.grad`."""
+        leaf = Cache(len(self.keys), self.padding)
+        leaf.length = self.length
+        leaf.keys = [k.detach().requires_grad_() for k in self.keys]
+        leaf.values = [v.detach().requires_grad_() for v in self.values]
+        return leaf
+
+
+# ----------------------------------------------------------------------------- model
+
+
+class Qwen(nn.Module):
+    """A decoder whose parameters have the names of the Hub's checkpoints."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        self.model = nn.Module()  # gives the names their prefix "model."
+        self.model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.model.layers = nn.ModuleList(
+            Block(config) for _ in range(config.num_hidden_layers))
+        self.model.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @property
+    def unembed(self) -> Tensor:
+        """The output matrix (V, D): the embedding itself where the head is tied."""
+        tied = self.config.tie_word_embeddings
+        return self.model.embed_tokens.weight if tied else self.lm_head.weight
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights lie."""
+        return self.model.embed_tokens.weight.device
+
+    def forward(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
+        """Hidden states (B, T, D), after the last norm, of tokens (B, T).
+
+        Args:
+            tokens: padded on the right, if at all; what stands there is never seen.
+            cache: a prefix of one prompt (shared by all rows), or of B prompts.
+        """
+        cache = cache or Cache(self.config.num_hidden_layers)
+        positions = cache.prepare(tokens)  # (B, T)
+        x = self.model.embed_tokens(tokens)  # (B, T, D)
+        angles = rotary(positions, self.config, x.dtype)
+        for index, block in enumerate(self.model.layers):
+            x = block(x, angles, index, cache)
+        if cache.store or cache.in_place:
+            cache.length += tokens.shape[1]
+        return self.model.norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden (B, T, D) → (B, T, V). Mind the size: training uses `logprob.py`."""
+        return hidden @ self.unembed.T
+
+    def prefill(self, prompts: list[list[int]]) -> Cache:
+        """Keys and values of prompts of any length, padded on the left to S."""
+        longest = max(map(len, prompts))
+        padding = [longest - len(p) for p in prompts]
+        rows = [[0] * n + p for n, p in zip(padding, prompts, strict=True)]
+        cache = Cache(self.config.num_hidden_layers,
+                      torch.tensor(padding, device=self.device))
+        cache.store = True
+        if longest:
+            self(torch.tensor(rows, device=self.device), cache)
+        cache.store = False
+        return cache
+
+    @contextlib.contextmanager
+    def shared_prefix(self, prompt: list[int]) -> Iterator[Cache]:
+        """Compute prompt[:-1] once for every row and micro-batch of its group.
+
+        Rows start with the prompt's last token, so that each response's first logit
+        comes from its own row. When gradients flow, the caller runs `backward` on each
+        micro-batch; those gradients meet in the prefix's detached keys and values, and
+        one backward pass through the prefix follows on leaving the block. The sum is
+        the gradient of the repeated prompt: d loss/d θ = ∂/∂θ + (∂ loss/∂ KV)(∂ KV/∂θ).
+        """
+        prefix = self.prefill([prompt[:-1]])
+        if not torch.is_grad_enabled() or not prefix.length or not any(
+                k.requires_grad for k in prefix.keys):
+            yield prefix
+            return
+        leaf = prefix.meeting_point()
+        yield leaf
+        pairs = [(out, point.grad)
+                 for out, point in zip(prefix.keys + prefix.values,
+                                       leaf.keys + leaf.values, strict=True)
+                 if point.grad is not None and out.requires_grad]
+        if pairs:
+            torch.autograd.backward(*zip(*pairs, strict=True))
+
+
+def pad_rows(rows: list[list[int]], device: torch.device) -> Tensor:
+    """Token ids, padded on the right with 0 → (B, T). Masks come from lengths."""
+    longest = max(map(len, rows))
+    return torch.tensor([r + [0] * (longest - len(r)) for r in rows], device=device)
+
+
+def fingerprint(model: Qwen) -> str:
+    """A SHA-256 that tells base models apart, whatever type they were loaded in.
+
+    Names, shapes and up to 256 evenly spaced values of every base weight, rounded to
+    bf16. Reading all of a 14B model would take longer than loading it, and any training
+    of the base moves all of its tensors.
+    """
+    digest = hashlib.sha256()
+    for name, weight in sorted(base_parameters(model).items()):
+        step = max(1, weight.numel() // 256)
+        values = weight.detach().flatten()[::step][:256].to(torch.bfloat16).contiguous()
+        digest.update(f"{name} {tuple(weight.shape)}".encode())
+        digest.update(values.cpu().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def base_parameters(model: Qwen) -> dict[str, Tensor]:
+    """The base weights under their Hub names, whether adapters are attached or not."""
+    return {name.replace(".base.", "."): weight
+            for name, weight in model.named_parameters() if ".lora_" not in name}
+
+
+# ------------------------------------------------------------------------- tokenizer
+
+
+class Tokenizer:
+    """Text ↔ ids, and ChatML by the checkpoint's own template.
+
+    Attributes:
+        stop_ids: every id that ends a response.
+        valid: V' ≤ V, how many ids the tokenizer has; Qwen pads its vocabulary, and the
+            ids beyond get −inf in the sampler and in the scorer alike.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        path = folder / "tokenizer.json"
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+            # Training scripts leave these behind; a prompt must not be cut in silence.
+            raw |= {"truncation": None, "padding": None}
+            self.control = {t["content"]: t["id"] for t in raw["added_tokens"]}
+            self._whole = tokenizers.Tokenizer.from_str(json.dumps(raw))
+            # A second tokenizer that has never heard of control tokens: whatever a
+            # person types, it can only produce ordinary text.
+            self._plain = tokenizers.Tokenizer.from_str(
+                json.dumps(raw | {"added_tokens": []}))
+        except Exception as error:  # the tokenizers library raises bare Exception
+            raise UserError(f"cannot read {path}: {error}; it must be a complete "
+                            "tokenizer.json of a Qwen checkpoint") from error
+        ids = self._whole.get_vocab(with_added_tokens=True)
+        self.valid = max(ids.values(), default=-1) + 1
+        # The library gives control tokens behind a gap other ids than the file does.
+        renumbered = any(ids.get(token) != i for token, i in self.control.items())
+        require(len(set(ids.values())) == self.valid > 0 and not renumbered,
+                f"{path}: ids are not 0 to {self.valid - 1} without gaps")
+        pieces = sorted(map(re.escape, self.control), key=len, reverse=True)
+        self._split = re.compile("(" + "|".join(pieces) + ")") if pieces else None
+        self.template = self._read_template(folder)
+        self.stop_ids = self._read_stops(folder)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text in which control tokens mean nothing."""
+        return self._plain.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of ids, control tokens left out."""
+        return self._whole.decode(ids, skip_special_tokens=True)
+
+    def chat(self, prompt: str, system: str | None = None) -> list[int]:
+        """Ids of one user turn and the opening of the answer.
+
+        The template is rendered with place-holders, cut at the control tokens that are
+        the template's own, and only then filled with the person's text: `<|im_start|>`
+        typed by a person stays seven ordinary tokens.
+
+        Raises:
+            UserError: the prompt is empty.
+        """
+        require(bool(prompt.strip()), "the prompt is empty; write a question")
+        texts = {"\ue000user\ue001": prompt}
+        messages = [{"role": "user", "content": "\ue000user\ue001"}]
+        if system is not None:
+            texts["\ue000system\ue001"] = system
+            messages.insert(0, {"role": "system", "content": "\ue000system\ue001"})
+        try:
+            rendered = self.template.render(
+                messages=messages, add_generation_prompt=True, tools=None)
+        except jinja2.TemplateError as error:
+            raise UserError(f"the checkpoint's chat template fails: {error}") from error
+        ids = []
+        for piece in self._split.split(rendered) if self._split else [rendered]:
+            if piece in self.control:
+                ids.append(self.control[piece])
+            elif piece:
+                pattern = re.compile("|".join(texts))
+                ids += self.encode(pattern.sub(lambda m: texts[m[0]], piece))
+        return ids
+
+    def _read_template(self, folder: Path) -> jinja2.Template:
+        source = read_json(folder / "tokenizer_config.json").get("chat_template")
+        separate = folder / "chat_template.jinja"  # where newer tools put it
+        if source is None and separate.is_file():
+            source = separate.read_text(encoding="utf-8")
+        require(isinstance(source, str), f"{folder}/tokenizer_config.json has no "
+                "chat_template; use an Instruct checkpoint")
+        # The template is a stranger's program: the sandbox keeps it from doing more
+        # than rendering text.
+        room = jinja2.sandbox.ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True)
+        room.policies["json.dumps_kwargs"] = {"ensure_ascii": False}
+        try:
+            return room.from_string(source)
+        except jinja2.TemplateError as error:
+            raise UserError(f"{folder}: broken chat template: {error}") from error
+
+    def _read_stops(self, folder: Path) -> list[int]:
+        stops: set[int] = set()
+        for name in ("generation_config.json", "config.json"):
+            if (folder / name).is_file():
+                found = read_json(folder / name).get("eos_token_id")
+                stops |= set(found if isinstance(found, list) else [found])
+        # Instruct models end a turn with <|im_end|>, and a document with <|endoftext|>.
+        stops |= {self.control.get("<|im_end|>"), self.control.get("<|endoftext|>")}
+        stops = {s for s in stops if isinstance(s, int) and 0 <= s < self.valid}
+        require(bool(stops), f"{folder} names no end token")
+        return sorted(stops)
+
+
+# --------------------------------------------------------------------------- loading
+
+
+def load(
+    source: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+) -> tuple[Qwen, Tokenizer]:
+    """Load a checkpoint: a folder as the Hub lays it out, or a name on the Hub.
+
+    The model is built without memory (meta device) and filled tensor by tensor, so that
+    loading never holds more than the weights in their final type plus one shard.
+
+    Args:
+        source: a folder, or a name such as "Qwen/Qwen2.5-0.5B-Instruct".
+        device: where the weights go.
+        dtype: their type; by default fp32 on a CPU and bf16 on a GPU.
+
+    Returns:
+        The model, frozen and in eval mode, and its tokenizer.
+
+    Raises:
+        UserError: anything missing, broken, altered, foreign or too large.
+    """
+    device = torch.device(device)
+    if dtype is None:
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    folder = find_folder(source)
+    verify_checksums(folder)
+    config = read_config(folder / "config.json")
+    tokenizer = Tokenizer(folder)
+    require(tokenizer.valid <= config.vocab_size, f"{folder}: the tokenizer has "
+            f"{tokenizer.valid} ids, the model only {config.vocab_size}")
+    shards = find_shards(folder)
+    check_memory(config, device, dtype, folder)
+    with torch.device("meta"):
+        model = Qwen(config)
+    fill(model, shards, device, dtype)
+    return model.requires_grad_(False).eval(), tokenizer
+
+
+def find_folder(source: str | Path) -> Path:
+    """The folder of a checkpoint; a Hub name goes through the Hub's own cache."""
+    if Path(source).is_dir():
+        return Path(source)
+    name = str(source)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or Path(name).parent.is_dir():
+        raise UserError(f"no such checkpoint folder: {name}")
+    import huggingface_hub  # only here: importing it takes longer than a tiny run loads
+
+    wanted = ["*.json", "*.safetensors", "*.jinja"]
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))
+    except Exception as error:  # offline, unknown name, no permission, disk full …
+        raise UserError(
+            f"cannot get {name} from the Hugging Face Hub and it is not in the cache "
+            f"({type(error).__name__}); download its *.json and *.safetensors files "
+            "on a machine with access and pass their folder with --model DIR"
+        ) from error
+
+
+def find_shards(folder: Path) -> dict[str, Path]:
+    """Tensor name → file that holds it."""
+    single = folder / "model.safetensors"
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = read_json(index).get("weight_map")
+        require(isinstance(names, dict) and all(
+            isinstance(f, str) and Path(f).name == f for f in names.values()),
+            f"{index}: weight_map must map tensor names to files of the same folder")
+        missing = {f for f in names.values() if not (folder / f).is_file()}
+        require(not missing, f"{index} names files that are not there: "
+                f"{', '.join(sorted(missing))}")
+        return {name: folder / file for name, file in names.items()}
+    require(single.is_file(), f"{folder} has neither model.safetensors nor "
+            "model.safetensors.index.json")
+    with open_shard(single) as shard:
+        return dict.fromkeys(shard.keys(), single)
+
+
+def open_shard(path: Path):
+    """`safetensors.safe_open` with one clear line for a broken file."""
+    try:
+        return safetensors.safe_open(path, framework="pt")
+    except (safetensors.SafetensorError, OSError) as error:
+        raise UserError(f"{path} is truncated or not a safetensors file ({error}); "
+                        "download it again") from error
+
+
+def check_memory(config: Config, device: torch.device, dtype: torch.dtype,
+                 folder: Path) -> None:
+    """Refuse, before anything is read or built, weights that cannot fit."""
+    need = config.weights * dtype.itemsize
+    free = (torch.cuda.mem_get_info(device)[0] if device.type == "cuda"
+            else available_memory())
+    require(need < free, f"{folder} needs {need / 1e9:.1f} GB for its weights in "
+            f"{str(dtype).removeprefix('torch.')}, but {device} has {free / 1e9:.1f} "
+            "GB free; use a smaller size, --dtype bfloat16 or a larger machine")
+
+
+def fill(model: Qwen, shards: dict[str, Path], device: torch.device,
+         dtype: torch.dtype) -> None:
+    """Put every tensor of the shards into its place; names and shapes must match."""
+    expected = dict(model.named_parameters())
+    if model.config.tie_word_embeddings:
+        shards = {n: f for n, f in shards.items() if n != "lm_head.weight"}
+    folder = next(iter(shards.values())).parent if shards else "the checkpoint"
+    for word, names in (("lacks", expected.keys() - shards.keys()),
+                        ("has unknown", shards.keys() - expected.keys())):
+        require(not names, f"{folder} {word} {len(names)} tensor(s), such as "
+                f"{min(names, default='')}")
+    for path in sorted(set(shards.values())):
+        with open_shard(path) as shard:
+            held = set(shard.keys())
+            for name in sorted(n for n, f in shards.items() if f == path):
+                require(name in held, f"{path} lacks {name}, which the index lists")
+                want, have = expected[name].shape, shard.get_slice(name).get_shape()
+                require(list(want) == have, f"{path}: {name} has shape {have}, "
+                        f"config.json asks for {list(want)}")
+                weight = shard.get_tensor(name)
+                require(bool(weight.isfinite().all()),
+                        f"{path}: {name} holds values that are not finite")
+                # The copy unties the weight from the memory-mapped file.
+                weight = weight.to(device, dtype, copy=True)
+                owner, _, leaf = name.rpartition(".")
+                setattr(model.get_submodule(owner), leaf, nn.Parameter(weight, False))

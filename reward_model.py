@@ -1,0 +1,392 @@
+"""The reward model: a prompt and a response → K scores.
+
+The axes are whatever the labels name; the bundled data and the paper use
+
+    AXES = politeness, meaningfulness, actionability, safety      each from 0 to 1
+
+Why regression rather than ranking: a Bradley-Terry model, trained on "this answer is
+better than that one", learns one number on no scale. Here every axis has a scale that
+people agreed on (a rubric), the axes stay apart, and their weights can change after
+training. `python grpo.py --weights safety=2` needs no new reward model.
+
+The reward model is a role of the one frozen base: adapter `reward` and a head on the
+hidden state of the response's last token.
+
+[E1]   s_k = sigmoid(w_k · h_last + b_k)
+       L   = mean over labelled (row, axis) of (s_k − label_k)²
+
+It scores the ids that were sampled, never re-encoded text: the same text may have many
+encodings, and the policy's own is what it is paid for. A response that the length limit
+cut off has no end token, so the training data hold such rows too (`"cut": true`).
+
+    python reward_model.py                                   # train on the tiny world
+    python reward_model.py --model DIR                       # on a real Qwen
+    python reward_model.py --score IN.jsonl --out OUT.jsonl  # rows: prompt, response
+"""
+
+import dataclasses
+import json
+import math
+import random
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import lora
+from model import SIZES, TINY, Cache, Qwen, Tokenizer, is_tiny, open_shard, pad_rows
+from model import load as load_base
+from run import (
+    format_table,
+    one_line_errors,
+    option,
+    parse_settings,
+    peak_rss_gb,
+    read_json,
+    read_rows,
+    require,
+    write_checksums,
+    write_json,
+    write_whole,
+)
+
+# ------------------------------------------------------------------------- the model
+
+
+class RewardModel:
+    """K scores in (0, 1) from the base, the adapter `name` and a linear head.
+
+    Attributes:
+        axes: K names, in the order of the columns of `scores` (B, K).
+        head: D → K, in fp32.
+    """
+
+    def __init__(self, model: Qwen, axes: list[str], name: str = "reward") -> None:
+        self.model, self.axes, self.name = model, axes, name
+        dtype = torch.promote_types(torch.float32, model.unembed.dtype)
+        self.head = nn.Linear(model.config.hidden_size, len(axes),
+                              device=model.device, dtype=dtype)
+        nn.init.zeros_(self.head.weight)  # starts at the bias: one answer for all
+
+    def forward(self, prompt: list[int], responses: list[list[int]],
+                prefix: Cache) -> Tensor:
+        """Scores (n, K) of responses to one prompt whose prefix is computed already."""
+        rows = pad_rows([prompt[-1:] + r for r in responses], self.model.device)
+        hidden = self.model(rows, prefix)  # (n, 1 + C, D)
+        last = torch.tensor([len(r) for r in responses], device=rows.device)
+        pooled = hidden[torch.arange(len(rows), device=rows.device), last]  # (n, D)
+        # [E1] s_k = sigmoid(w_k · h_last + b_k)
+        return self.head(pooled.to(self.head.weight.dtype)).sigmoid()
+
+    @torch.no_grad()
+    def score(self, prompt: list[int], responses: list[list[int]]) -> Tensor:
+        """Scores (n, K) of sampled ids; the prompt is computed once."""
+        with lora.using(self.model, self.name):
+            with self.model.shared_prefix(prompt) as prefix:
+                return self.forward(prompt, responses, prefix)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """All that training changes: adapter and head."""
+        return lora.parameters(self.model, self.name) + list(self.head.parameters())
+
+    def save(self, folder: Path, base: str, report: dict) -> None:
+        """Write adapter, head, axes and the report of the training."""
+        lora.save(self.model, self.name, folder, base)
+        head = {k: v.detach().cpu() for k, v in self.head.state_dict().items()}
+        write_whole(folder / "head.safetensors", safetensors.torch.save(head))
+        write_json(folder / "reward.json", {"axes": self.axes, "report": report})
+        write_checksums(folder)
+
+
+def load(model: Qwen, folder: Path, name: str = "reward") -> RewardModel:
+    """Attach the reward model in `folder` to the base it was trained on.
+
+    Raises:
+        UserError: missing, altered or foreign files.
+    """
+    lora.load(model, name, folder)
+    axes = read_json(folder / "reward.json").get("axes")
+    require(isinstance(axes, list) and axes and all(isinstance(a, str) for a in axes),
+            f"{folder}/reward.json must name the axes")
+    scorer = RewardModel(model, axes, name)
+    with open_shard(folder / "head.safetensors") as shard:
+        head = {key: shard.get_tensor(key) for key in shard.keys()}
+    shapes = {key: list(value.shape) for key, value in head.items()}
+    want = {key: list(value.shape) for key, value in scorer.head.state_dict().items()}
+    require(shapes == want, f"{folder}/head.safetensors has {shapes}, expected {want}")
+    require(all(bool(v.isfinite().all()) for v in head.values()),
+            f"{folder}/head.safetensors holds values that are not finite")
+    scorer.head.load_state_dict(head)
+    scorer.head.requires_grad_(False)
+    for parameter in lora.parameters(model, name):
+        parameter.requires_grad_(False)
+    return scorer
+
+
+# -------------------------------------------------------------------------- training
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Options of `python reward_model.py`."""
+
+    size: str = option("tiny", "tiny (bundled), or a Qwen2.5-Instruct on the Hub",
+                       choices=[*SIZES])
+    model: str | None = option(None, "checkpoint folder or Hub name, instead of --size")
+    data: Path | None = option(None, "labelled rows (JSONL: prompt, response, scores)")
+    out: Path | None = option(None, "where the reward model, or the scored file, goes")
+    reward: Path | None = option(None, "reward model to score with")
+    score: Path | None = option(None, "score this JSONL (prompt, response) and stop")
+    epochs: int = option(3, "passes over the labels")
+    prompts_per_step: int = option(8, "prompts (with all their responses) a step")
+    lr: float = option(1e-3, "AdamW's peak learning rate")
+    rank: int = option(16, "LoRA rank; alpha is twice that")
+    seed: int = option(0, "of the adapter, the split and the order of the rows")
+    device: str = option("cpu", "cpu or cuda")
+    dtype: str | None = option(None, "float32 or bfloat16 (default: by the device)",
+                               choices=["float32", "bfloat16"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """All labelled responses to one prompt, as ids."""
+
+    prompt: list[int]
+    responses: list[list[int]]
+    labels: Tensor  # (n, K), NaN where a row does not label an axis
+
+
+def encode_response(tokenizer: Tokenizer, text: str, cut: bool) -> list[int]:
+    """Ids of a written response; one that was not cut off ends with the end token."""
+    end = tokenizer.control.get("<|im_end|>", tokenizer.stop_ids[0])
+    ids = tokenizer.encode(text) + ([] if cut else [end])
+    return ids or [end]
+
+
+def make_groups(rows: list[dict], axes: list[str], tokenizer: Tokenizer) -> list[Group]:
+    """Collect rows by prompt."""
+    by_prompt: dict[str, list[dict]] = {}
+    for row in rows:
+        by_prompt.setdefault(row["prompt"], []).append(row)
+    groups = []
+    for prompt, members in by_prompt.items():
+        responses = [encode_response(tokenizer, r["response"], bool(r.get("cut")))
+                     for r in members]
+        labels = torch.tensor([[r["scores"].get(a, math.nan) for a in axes]
+                               for r in members])
+        groups.append(Group(tokenizer.chat(prompt), responses, labels))
+    return groups
+
+
+def split_rows(rows: list[dict], seed: int) -> tuple[list[dict], list[dict]]:
+    """Training and test rows, by prompt: `"split": "test"`, or a fifth at random."""
+    if any("split" in row for row in rows):
+        return ([r for r in rows if r.get("split") != "test"],
+                [r for r in rows if r.get("split") == "test"])
+    prompts = list(dict.fromkeys(r["prompt"] for r in rows))
+    random.Random(seed).shuffle(prompts)
+    held = set(prompts[:max(1, len(prompts) // 5)])
+    return ([r for r in rows if r["prompt"] not in held],
+            [r for r in rows if r["prompt"] in held])
+
+
+def regression_loss(scores: Tensor, labels: Tensor) -> Tensor:
+    """Sum of squared errors over the labelled axes of scores, labels (n, K)."""
+    # [E1] L = mean over labelled (row, axis) of (s_k − label_k)²
+    # The caller divides by the step's count, so that the groups of a step count by
+    # their labels and not by how they were cut.
+    labelled = ~labels.isnan()
+    return (scores[labelled] - labels[labelled]).square().sum()
+
+
+def train(scorer: RewardModel, groups: list[Group], settings: Settings) -> list[float]:
+    """Fit adapter and head by AdamW, linear warm-up and cosine decay; losses a step."""
+    parameters = scorer.parameters()
+    optimizer = torch.optim.AdamW(parameters, settings.lr, weight_decay=0.0)
+    per_epoch = math.ceil(len(groups) / settings.prompts_per_step)
+    total = per_epoch * settings.epochs
+    order, shuffle, losses = list(groups), random.Random(settings.seed), []
+    bar = tqdm(total=total, desc="reward model", unit="step", file=sys.stderr)
+    with lora.using(scorer.model, scorer.name):
+        for step in range(total):
+            start = step % per_epoch * settings.prompts_per_step
+            if start == 0:
+                shuffle.shuffle(order)
+            batch = order[start:start + settings.prompts_per_step]
+            rate = min((step + 1) / max(1, 0.05 * total),
+                       0.5 * (1 + math.cos(math.pi * step / total)))
+            optimizer.param_groups[0]["lr"] = settings.lr * rate
+            losses.append(train_step(scorer, batch))
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            bar.set_postfix(mse=f"{np.mean(losses[-20:]):.4f}", refresh=False)
+            bar.update()
+    bar.close()
+    return losses
+
+
+def train_step(scorer: RewardModel, batch: list[Group]) -> float:
+    """Accumulate the gradient of [E1] over some groups; return the loss."""
+    count = sum(int((~g.labels.isnan()).sum()) for g in batch)
+    total = 0.0
+    for group in batch:
+        with scorer.model.shared_prefix(group.prompt) as prefix:
+            scores = scorer.forward(group.prompt, group.responses, prefix)
+            labels = group.labels.to(scores)
+            loss = regression_loss(scores, labels) / count
+            loss.backward()
+            total += loss.item()
+    require(math.isfinite(total), "the reward model's loss is not finite; lower --lr")
+    return total
+
+
+# -------------------------------------------------------------------------- judgement
+
+
+def spearman(a: np.ndarray, b: np.ndarray) -> float:
+    """Rank correlation; equal values share the mean of their ranks."""
+    return pearson(ranks(a), ranks(b))
+
+
+def pearson(a: np.ndarray, b: np.ndarray) -> float:
+    """Linear correlation; 0 where one side does not vary."""
+    a, b = a - a.mean(), b - b.mean()
+    norm = math.sqrt((a @ a) * (b @ b))
+    return float(a @ b / norm) if norm > 1e-12 else 0.0
+
+
+def ranks(values: np.ndarray) -> np.ndarray:
+    """Rank of every value, ties averaged."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = counts.cumsum()
+    return ((last - counts + last - 1) / 2)[inverse]
+
+
+def judge(scorer: RewardModel, groups: list[Group]) -> dict[str, dict]:
+    """Figures on held-out prompts: per axis Spearman, Pearson, MAE, calibration.
+
+    `mae_of_mean` is the error of always predicting the mean: what any use starts from.
+    `calibration`: five bins of predicted score: (rows, mean predicted, mean label).
+    """
+    predicted = torch.cat([scorer.score(g.prompt, g.responses) for g in groups])
+    labels = torch.cat([g.labels for g in groups])
+    report = {}
+    for k, axis in enumerate(scorer.axes):
+        known = ~labels[:, k].isnan()
+        if not known.any():
+            continue
+        p = predicted[known.to(predicted.device), k].double().cpu().numpy()
+        y = labels[known, k].double().numpy()
+        bins = np.clip((p * 5).astype(int), 0, 4)
+        report[axis] = {
+            "rows": len(y), "spearman": spearman(p, y), "pearson": pearson(p, y),
+            "mae": float(np.abs(p - y).mean()),
+            "mae_of_mean": float(np.abs(y - y.mean()).mean()),
+            "calibration": [
+                [int((bins == i).sum()), float(p[bins == i].mean()),
+                 float(y[bins == i].mean())] for i in range(5) if (bins == i).any()],
+        }
+    return report
+
+
+def print_report(report: dict[str, dict]) -> None:
+    """The judgement as two tables."""
+    columns = ["rows", "spearman", "pearson", "mae", "mae_of_mean"]
+    print(format_table(["axis", *columns],
+                       [[a, *(r[c] for c in columns)] for a, r in report.items()]))
+    rows = [[a, n, p, y] for a, r in report.items() for n, p, y in r["calibration"]]
+    print("\ncalibration: predictions in five bins against their labels")
+    print(format_table(["axis", "rows", "predicted", "label"], rows))
+
+
+# ----------------------------------------------------------------------- command line
+
+
+def default_folder(source: str) -> Path:
+    """Where the reward model of a base is kept, unless --out or --reward says else."""
+    if is_tiny(source):
+        return TINY / "reward"
+    return Path("runs") / f"reward-{Path(source).name}"
+
+
+def score_file(settings: Settings, source: str) -> None:
+    """Add `scores` to every row of a JSONL file."""
+    rows = read_rows(settings.score, responses=True)
+    require(settings.out is not None, "--score needs --out OUT.jsonl")
+    dtype = settings.dtype and getattr(torch, settings.dtype)
+    model, tokenizer = load_base(source, settings.device, dtype)
+    folder = settings.reward or default_folder(source)
+    scorer = load(model, folder)
+    for row in tqdm(rows, desc="scoring", unit="row", file=sys.stderr):
+        response = encode_response(tokenizer, row["response"], bool(row.get("cut")))
+        scores = scorer.score(tokenizer.chat(row["prompt"]), [response])[0].tolist()
+        row["scores"] = {axis: round(score, 4) for axis, score in
+                         zip(scorer.axes, scores, strict=True)}
+    write_whole(settings.out, "".join(json.dumps(r, ensure_ascii=False) + "\n"
+                                      for r in rows))
+    print(f"wrote {settings.out}: {len(rows)} rows, axes {', '.join(scorer.axes)}")
+
+
+def train_reward_model(model: Qwen, tokenizer: Tokenizer, source: str,
+                       settings: Settings, folder: Path) -> RewardModel:
+    """Train, judge and save a reward model on the base that is loaded already."""
+    path = settings.data or (TINY if is_tiny(source) else TINY.parent) / "labels.jsonl"
+    rows = read_rows(path, responses=True, labels=True)
+    axes = list(dict.fromkeys(axis for row in rows for axis in row["scores"]))
+    known, held = split_rows(rows, settings.seed)
+    require(bool(known) and bool(held), f"{path}: training and test both need rows")
+    groups = make_groups(known, axes, tokenizer)
+    for group in groups:
+        longest = len(group.prompt) + max(map(len, group.responses))
+        require(longest <= model.config.max_position_embeddings,
+                f"{path}: a row of {longest} tokens exceeds the model's context")
+    lora.attach(model, "reward", settings.rank, 2 * settings.rank, settings.seed)
+    scorer = RewardModel(model, axes)
+    labels = torch.cat([g.labels for g in groups])
+    mean = labels.nanmean(0).clamp(0.02, 0.98)
+    with torch.no_grad():
+        scorer.head.bias.copy_(mean.logit())
+    print(f"training the reward model on {len(known)} rows of {path}, judging it on "
+          f"{len(held)}; axes {', '.join(axes)}")
+    started = time.perf_counter()
+    losses = train(scorer, groups, settings)
+    report = {
+        "axes": judge(scorer, make_groups(held, axes, tokenizer)),
+        "seconds": round(time.perf_counter() - started, 1),
+        "peak_rss_gb": round(peak_rss_gb(), 2),
+        "last_mse": float(np.mean(losses[-20:])),
+        "settings": {k: str(v) if isinstance(v, Path) else v
+                     for k, v in dataclasses.asdict(settings).items()},
+    }
+    scorer.save(folder, source, report)
+    print_report(report["axes"])
+    print(f"\nwrote {folder} ({report['seconds']:.0f} s, "
+          f"peak {report['peak_rss_gb']} GB)")
+    return scorer
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Train a reward model, or score a file with one."""
+    settings = parse_settings(Settings, "Train or use the reward model.", argv)
+    require(settings.epochs > 0 and settings.prompts_per_step > 0 and settings.lr > 0,
+            "--epochs, --prompts-per-step and --lr must be positive")
+    source = settings.model or SIZES[settings.size]
+    if settings.score is not None:
+        score_file(settings, source)
+        return
+    dtype = settings.dtype and getattr(torch, settings.dtype)
+    model, tokenizer = load_base(source, settings.device, dtype)
+    torch.manual_seed(settings.seed)
+    folder = settings.out or default_folder(source)
+    train_reward_model(model, tokenizer, source, settings, folder)
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(sys.argv[1:])

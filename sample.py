@@ -1,0 +1,212 @@
+"""Rollouts: G responses for each of P prompts. And a chat for people.
+
+The contract between the sampler and whoever scores its tokens afterwards:
+
+* A response owns the tokens up to its end token, the end token included: `mask` (B, C)
+  is True there. Masks come from lengths, never from token ids.
+* `logp` (B, C) is the log-probability under the distribution that was really sampled:
+  temperature and the limit of the vocabulary included. There is no top-p or top-k: a
+  scorer that knows only π would disagree with a sampler that had cut its tail.
+* Row b belongs to prompt p = b // G and is its response g = b % G.
+* All randomness is drawn before decoding, one number a token (`draw_uniforms`), so that
+  neither the rows that have ended nor the other prompts of a batch change a draw.
+
+    python sample.py "How do I stop my kitchen tap from dripping?"
+    python sample.py --adapter runs/tiny              # asks for prompt after prompt
+"""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import lora
+from model import TINY, Qwen, Tokenizer, is_tiny, load
+from run import one_line_errors, option, parse_settings, read_json, require
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollout:
+    """B = P·G sampled responses of at most C tokens."""
+
+    tokens: Tensor  # (B, C) ids; 0 where mask is False
+    mask: Tensor  # (B, C) bool: the tokens that the response owns
+    logp: Tensor  # (B, C) fp32: log π of the sampled tokens; 0 where mask is False
+    ended: Tensor  # (B,) bool: False for a response that the length limit cut off
+
+    def responses(self) -> list[list[int]]:
+        """The ids of each row, the end token included."""
+        lengths = self.mask.sum(1).tolist()
+        return [row[:n] for row, n in zip(self.tokens.tolist(), lengths, strict=True)]
+
+
+def draw_uniforms(seed: int, step: int, prompt: int, group_size: int,
+                  length: int) -> Tensor:
+    """All random numbers of a prompt's group at one step: (G, C) float64 in [0, 1)."""
+    generator = np.random.Generator(np.random.Philox(
+        np.random.SeedSequence([seed, step, prompt])))
+    return torch.from_numpy(generator.random((group_size, length)))
+
+
+def pick(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """Sample by inverting the cumulative distribution, in float64.
+
+    Args:
+        logits: (n, V) over the valid vocabulary.
+        temperature: 0 takes the best token.
+        uniform: (n,) in [0, 1).
+
+    Returns:
+        ids (n,) and their log-probabilities (n,).
+    """
+    if temperature == 0:
+        return logits.argmax(-1), torch.zeros(len(logits), device=logits.device)
+    logp = (logits.double() / temperature).log_softmax(-1)  # (n, V)
+    cdf = logp.exp().cumsum(-1)  # (n, V)
+    # The sum ends at 1 ± 1e-13. Scaling by it keeps the last token reachable and
+    # nothing beyond it; `right` skips tokens of probability 0.
+    target = uniform.to(cdf.device)[:, None] * cdf[:, -1:]
+    ids = torch.searchsorted(cdf, target, right=True).clamp(max=cdf.shape[1] - 1)
+    return ids[:, 0], logp.gather(-1, ids)[:, 0].float()
+
+
+@torch.no_grad()
+def rollout(
+    model: Qwen,
+    tokenizer: Tokenizer,
+    prompts: list[list[int]],
+    uniforms: Tensor,
+    temperature: float = 1.0,
+) -> Rollout:
+    """Sample G responses for each prompt from whoever is speaking (`lora.using`).
+
+    All prompts decode in one batch. Each is computed once and its keys and values are
+    shared out to its G rows; rows that have ended leave the batch.
+
+    Args:
+        prompts: P lists of at least two ids, as `Tokenizer.chat` makes them.
+        uniforms: (P, G, C), from `draw_uniforms`.
+
+    Raises:
+        UserError: a prompt and C tokens exceed the model's context.
+    """
+    count, group_size, room = uniforms.shape
+    longest, context = max(map(len, prompts)), model.config.max_position_embeddings
+    require(longest + room <= context, f"a prompt of {longest} tokens and "
+            f"{room} new ones exceed the context of {context}; shorten it")
+    rows = count * group_size
+    uniforms = uniforms.reshape(rows, room)
+    tokens = torch.zeros(rows, room, dtype=torch.long, device=model.device)
+    logp = torch.zeros(rows, room, device=model.device)
+    length = torch.full((rows,), room, device=model.device)
+    ended = torch.zeros(rows, dtype=torch.bool, device=model.device)
+    stops = torch.tensor(tokenizer.stop_ids, device=model.device)
+    unembed = model.unembed[:tokenizer.valid]
+
+    cache = model.prefill([p[:-1] for p in prompts]).for_decoding(group_size, room)
+    last = torch.tensor([p[-1] for p in prompts], device=model.device)
+    last = last.repeat_interleave(group_size)
+    alive = torch.arange(rows, device=model.device)
+    for t in range(room):
+        hidden = model(last[:, None], cache)[:, -1]  # (n, D)
+        last, chosen = pick(hidden @ unembed.T, temperature, uniforms[alive.cpu(), t])
+        tokens[alive, t], logp[alive, t] = last, chosen
+        stop = torch.isin(last, stops)
+        if stop.any():
+            length[alive[stop]], ended[alive[stop]] = t + 1, True
+            going = (~stop).nonzero()[:, 0]
+            if not len(going):
+                break
+            alive, last = alive[going], last[going]
+            cache.keep(going)
+    mask = torch.arange(room, device=model.device) < length[:, None]  # (B, C)
+    used = int(length.max())
+    return Rollout(tokens[:, :used], mask[:, :used], logp[:, :used], ended)
+
+
+# ------------------------------------------------------------------- a chat for people
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Options of `python sample.py`."""
+
+    prompt: str | None = option(None, "a question; without it you are asked",
+                                positional=True, nargs="?")
+    adapter: Path | None = option(None, "run folder of grpo.py (or its adapter folder)")
+    model: str | None = option(None, "checkpoint folder or Hub name (default: the "
+                               "run's, or the bundled tiny model)")
+    reward: Path | None = option(None, "reward model folder (default: the run's)")
+    max_new_tokens: int = option(128, "longest answer, in tokens")
+    temperature: float = option(0.7, "0 always takes the likeliest token")
+    seed: int = option(0, "seed of the sampling")
+    device: str = option("cpu", "cpu or cuda")
+
+
+def find_run(settings: Settings) -> tuple[Path | None, dict]:
+    """The adapter folder and what the run's config.json says, if there is one."""
+    if settings.adapter is None:
+        return None, {}
+    require(settings.adapter.is_dir(), f"no such run folder: {settings.adapter}")
+    inner = settings.adapter / "adapter"
+    folder = inner if inner.is_dir() else settings.adapter
+    config = folder.parent / "config.json"
+    return folder, read_json(config) if config.is_file() else {}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Print the base's answer, then the aligned one, each with its scores."""
+    import reward_model  # it imports nothing from here; only people need it
+
+    settings = parse_settings(Settings, "Chat with the base and its adapter.", argv)
+    require(settings.max_new_tokens > 0, "--max-new-tokens must be at least 1")
+    require(settings.temperature >= 0, "--temperature must not be negative")
+    require(settings.seed >= 0, "--seed must not be negative")
+    require(settings.reward is None or settings.reward.is_dir(),
+            f"no such reward model folder: {settings.reward}")
+    folder, run = find_run(settings)
+    source = settings.model or run.get("model") or str(TINY)
+    model, tokenizer = load(source, settings.device)
+    speakers = [("base", None)]
+    if folder:
+        lora.load(model, "policy", folder)
+        speakers.append(("aligned", "policy"))
+    judge = settings.reward or (Path(run["reward"]) if run.get("reward") not in
+                                (None, "gold") else None)
+    if judge is None and is_tiny(source):
+        judge = TINY / "reward"
+    scorer = reward_model.load(model, judge) if judge and judge.is_dir() else None
+    turn = 0
+    for prompt in [settings.prompt] if settings.prompt is not None else ask():
+        ids = tokenizer.chat(prompt)
+        table = draw_uniforms(settings.seed, turn, 0, 1, settings.max_new_tokens)[None]
+        for title, name in speakers:
+            with lora.using(model, name):
+                sampled = rollout(model, tokenizer, [ids], table, settings.temperature)
+            response = sampled.responses()[0]
+            print(f"\n{title}: {tokenizer.decode(response).strip()}")
+            if scorer:
+                scores = scorer.score(ids, [response])[0].tolist()
+                print("  " + "  ".join(f"{axis} {score:.2f}" for axis, score in
+                                       zip(scorer.axes, scores, strict=True)))
+        turn += 1
+
+
+def ask():
+    """Prompts from the keyboard until the end of input."""
+    while True:
+        try:
+            prompt = input("\nyou: ")
+        except EOFError:
+            print()
+            return
+        if prompt.strip():
+            yield prompt
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(sys.argv[1:])

@@ -1,0 +1,221 @@
+"""Claims about logprob.py.
+
+* `token_logprobs` is `naive`, in values and gradients, whatever the chunk, the
+  temperature and the limit of the vocabulary; and `naive` is torch.distributions.
+* In bf16 the gradient of a confident token is as exact as that of `naive`.
+* Entropy and KL are exact, and asking for them changes nothing else.
+* The head is frozen: it gets no gradient, and asking for one is refused.
+* No more than a chunk of logits exists at a time, and none is kept for `backward`.
+"""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributions import Categorical, kl_divergence
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import logprob
+from logprob import naive, token_logprobs, token_statistics
+
+N, D, V = 10, 6, 23
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5}
+
+
+def case(dtype=torch.float64, rows: int = N, below: int = V, seed: int = 0):
+    """Hidden states (N, D), a head (V, D) and targets (N,) below `below`."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(rows, D, generator=generator, dtype=torch.float64)
+    unembed = torch.randn(V, D, generator=generator, dtype=torch.float64)
+    targets = torch.randint(below, (rows,), generator=generator)
+    return hidden.to(dtype), unembed.to(dtype), targets
+
+
+def with_gradient(function, hidden: Tensor, *rest, **options) -> tuple[Tensor, Tensor]:
+    """Values, and the gradient of a weighted sum: equal weights would hide a mix-up."""
+    hidden = hidden.clone().requires_grad_()
+    values = function(hidden, *rest, **options)
+    weights = torch.linspace(-1, 2, len(values), dtype=values.dtype)
+    (values * weights).sum().backward()
+    return values.detach(), hidden.grad
+
+
+def error(found: Tensor, wanted: Tensor) -> float:
+    """Distance relative to the norm of what is wanted."""
+    return float((found.double() - wanted.double()).norm() / wanted.double().norm())
+
+
+@pytest.fixture(params=[1, 3 * V, 5 * V, 10 * V, 1000 * V], autouse=True)
+def chunk(request, monkeypatch):
+    """Every test runs with chunks of 1, 3 (10 is no multiple), 5, 10 and all rows."""
+    monkeypatch.setattr(logprob, "CHUNK_NUMBERS", request.param)
+    return request.param
+
+
+@pytest.mark.parametrize("valid", [None, V - 5])
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_equals_naive_in_values_and_gradients(dtype, temperature, valid):
+    data = case(dtype, below=valid or V)
+    wanted = with_gradient(naive, *data, temperature, valid)
+    found = with_gradient(token_logprobs, *data, temperature, valid)
+    for a, b in zip(found, wanted, strict=True):
+        assert a.dtype == b.dtype == dtype
+        assert error(a, b) < TOLERANCE[dtype]
+
+
+def test_naive_is_the_definition():
+    hidden, unembed, targets = case(below=V - 5)
+    oracle = Categorical(logits=hidden @ unembed[:V - 5].T / 0.7)
+    assert error(naive(hidden, unembed, targets, 0.7, V - 5),
+                 oracle.log_prob(targets)) < 1e-12
+
+
+def test_gradcheck():
+    hidden, unembed, targets = case(below=V - 5)
+    assert torch.autograd.gradcheck(
+        lambda h: token_logprobs(h, unembed, targets, 0.7, V - 5),
+        hidden.requires_grad_())
+
+
+def test_bf16_values_are_fp32_and_equal_naive():
+    data = case(torch.bfloat16)
+    found, slope = with_gradient(token_logprobs, *data)
+    wanted, naive_slope = with_gradient(naive, *data)
+    # Matrices of other heights may be summed in another order: a bf16 step of a logit.
+    assert (found.dtype, slope.dtype) == (torch.float32, torch.bfloat16)
+    assert error(found, wanted) < 0.01
+    assert error(slope, naive_slope) < 0.01
+
+
+def test_bf16_gradient_of_confident_tokens_is_no_noise():
+    # At π(y) = 0.999, W_y and E_π[W] agree to three digits and bf16 has not three:
+    # subtracting one from the other would leave an error as large as the gradient.
+    hidden, unembed, targets = case(torch.bfloat16, rows=200)
+    towards = unembed[targets].double()
+    push = towards * (14 / towards.norm(dim=1, keepdim=True) ** 2)
+    hidden = (hidden * 0.3 + push).bfloat16()
+    exact = case_gradients(naive, hidden.double(), unembed.double(), targets)
+    probability = naive(hidden.double(), unembed.double(), targets).exp()
+    sure = probability > 0.99
+    assert sure.sum() > 50
+    found, peer = (
+        ((case_gradients(f, hidden, unembed, targets).double() - exact).norm(dim=1)
+         / exact.norm(dim=1))[sure] for f in (token_logprobs, naive))
+    assert found.max() < 1.5 * peer.max()
+    assert found.median() < 1.5 * peer.median()
+
+
+def case_gradients(function, hidden, unembed, targets):
+    hidden = hidden.clone().requires_grad_()
+    function(hidden, unembed, targets).sum().backward()
+    return hidden.grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_no_tokens_at_all(dtype):
+    hidden, unembed, targets = case(dtype, rows=0)
+    hidden.requires_grad_()
+    wide = torch.promote_types(dtype, torch.float32)
+    for asked in (True, False):
+        logp, h, kl = token_statistics(hidden, unembed, targets, entropy=asked,
+                                       reference=hidden.detach() if asked else None)
+        for figure in (logp, h, kl) if asked else (logp,):
+            assert (figure.shape, figure.dtype) == ((0,), wide)
+        assert asked or (h is None and kl is None)
+    logp.sum().backward()
+    assert hidden.grad.shape == (0, D)
+
+
+@pytest.mark.parametrize("valid", [None, V - 5])
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_entropy_and_kl_are_those_of_torch(temperature, valid):
+    hidden, unembed, targets = case(below=valid or V)
+    other = case(seed=1)[0]
+    policy, reference = (Categorical(logits=x @ unembed[:valid].T / temperature)
+                         for x in (hidden, other))
+    _, h, kl = token_statistics(hidden, unembed, targets, temperature, valid,
+                                entropy=True, reference=other)
+    assert error(h, policy.entropy()) < 1e-12
+    assert error(kl, kl_divergence(policy, reference)) < 1e-12
+
+
+def test_kl_is_zero_for_equals_and_never_negative():
+    hidden, unembed, targets = case(torch.float32, rows=200)
+    assert not token_statistics(hidden, unembed, targets, reference=hidden)[2].any()
+    near = hidden + 1e-2 * case(torch.float32, rows=200, seed=1)[0]
+    kl = token_statistics(hidden, unembed, targets, reference=near)[2]
+    assert kl.min() > -1e-6  # fp32 rounding
+    assert kl.max() > 1e-6
+
+
+def test_figures_change_neither_values_nor_gradients_and_have_none_themselves():
+    hidden, unembed, targets = case()
+    other = case(seed=1)[0]
+    figures = token_statistics(hidden.requires_grad_(), unembed, targets, 0.7, V,
+                               entropy=True, reference=other)
+    assert [t.requires_grad for t in figures] == [True, False, False]
+    plain = with_gradient(token_logprobs, hidden.detach(), unembed, targets, 0.7, V)
+    both = with_gradient(
+        lambda *a: token_statistics(*a, entropy=True, reference=other)[0],
+        hidden.detach(), unembed, targets, 0.7, V)
+    assert all(map(torch.equal, plain, both))
+    assert torch.equal(other, case(seed=1)[0])  # nothing is overwritten in place
+
+
+def test_without_gradients_the_values_are_the_same():
+    hidden, unembed, targets = case()
+    with torch.no_grad():
+        quiet = token_logprobs(hidden.clone().requires_grad_(), unembed, targets)
+    assert not quiet.requires_grad
+    loud, _ = with_gradient(token_logprobs, hidden, unembed, targets)
+    assert torch.equal(quiet, loud)
+
+
+def test_the_head_is_frozen():
+    hidden, unembed, targets = case()
+    with_gradient(token_logprobs, hidden, unembed, targets)
+    assert unembed.grad is None
+    with pytest.raises(ValueError, match="frozen"):
+        token_logprobs(hidden, unembed.requires_grad_(), targets)
+
+
+def test_probabilities_over_the_valid_ids_sum_to_one():
+    hidden, unembed, _ = case()
+    unembed[V - 5:] *= 50  # were they counted, the padding ids would take it all
+    for valid in (V - 5, None):
+        ids = torch.arange(valid or V)
+        logp = token_logprobs(hidden[:1].expand(len(ids), D), unembed, ids, 1.0, valid)
+        assert float(logp.exp().sum()) == pytest.approx(1, abs=1e-12)
+    assert float(logp[:V - 5].exp().sum()) < 0.01  # the limit is what made the first 1
+
+
+class Largest(TorchDispatchMode):
+    """Records the size of the largest tensor that any operation returns."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(tensor, Tensor):
+                self.numbers = max(self.numbers, tensor.numel())
+        return out
+
+
+def test_no_more_than_a_chunk_of_logits_exists(chunk):
+    rows = 400
+    hidden, unembed, targets = case(rows=rows)
+    saved = []
+    hooks = torch.autograd.graph.saved_tensors_hooks(
+        lambda t: saved.append(tuple(t.shape)) or t, lambda t: t)
+    with hooks, Largest() as ours:
+        logp, _, _ = token_statistics(hidden.requires_grad_(), unembed, targets,
+                                      entropy=True, reference=hidden.detach())
+        kept = list(saved)  # before `sum` saves anything of its own
+        logp.sum().backward()
+    in_chunk = min(rows, max(1, chunk // V)) * V
+    assert ours.numbers == max(in_chunk, rows * D)
+    assert kept == [(rows, D)]
+    with Largest() as reference:
+        naive(hidden, unembed, targets)
+    assert reference.numbers == rows * V  # the counter does see logits

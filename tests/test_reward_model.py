@@ -1,0 +1,534 @@
+"""Claims about reward_model.py.
+
+* [E1] The loss is the mean squared error over labelled axes alone; its gradient is that
+  of a naive reference with repeated prompts, however the rows are grouped.
+* A row's score is its own: neither its neighbours nor its padding enter, and the head
+  reads the hidden state of the response's last token.
+* What is saved loads with identical scores; altered, foreign and broken files do not.
+* Correlations, error and calibration are what their definitions say.
+* Test prompts never leak into training; only a cut-off row lacks its end token.
+* Training fits a small separable task and leaves the base as it was.
+* The command line trains, scores a file, and refuses a bad row by file and line.
+"""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+import lora
+import model as qwen
+import reward_model
+from reward_model import Group, RewardModel
+from run import UserError, write_checksums
+
+AXES = ["politeness", "safety", "actionability"]
+CONFIG = qwen.Config(
+    model_type="qwen2", vocab_size=24, hidden_size=16, intermediate_size=24,
+    num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=8,
+    max_position_embeddings=64, rms_norm_eps=1e-6, rope_theta=1e4,
+    tie_word_embeddings=True)
+NAN = math.nan
+
+
+def tiny_base(seed: int = 0) -> qwen.Qwen:
+    """Random float64 weights, wide enough that every path carries signal."""
+    generator = torch.Generator().manual_seed(seed)
+    base = qwen.Qwen(CONFIG).double()
+    with torch.no_grad():
+        for name, weight in sorted(base.named_parameters()):
+            noise = torch.randn(weight.shape, generator=generator, dtype=weight.dtype)
+            norm = name.endswith("norm.weight")
+            weight.copy_(1 + 0.2 * noise if norm else 0.4 * noise)
+    return base.requires_grad_(False)
+
+
+def tiny_scorer() -> RewardModel:
+    """A reward model whose head and B are random too."""
+    base = tiny_base()
+    lora.attach(base, "reward", rank=3, alpha=6)
+    scorer = RewardModel(base, AXES)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for weight in scorer.parameters():
+            weight.copy_(0.3 * torch.randn(weight.shape, generator=generator,
+                                           dtype=weight.dtype))
+    return scorer
+
+
+class StubTokenizer:
+    """A word is a number; 2 is <|im_end|>."""
+
+    stop_ids = (2, 3)
+    control = {"<|im_end|>": 3}  # noqa: RUF012
+
+    def encode(self, text: str) -> list[int]:
+        return [int(word) for word in text.split()]
+
+    def chat(self, prompt: str) -> list[int]:
+        return [1, *self.encode(prompt), 4]
+
+
+PROMPT = [1, 7, 9, 11, 4]
+RESPONSES = [[5, 6, 3], [8], [9, 9, 12, 13, 6, 10, 3], [14, 3]]
+LABELS = torch.tensor([[0.9, NAN, 0.1], [NAN, 0.2, NAN], [0.3, 0.4, 0.5],
+                       [1.0, 0.0, NAN]])
+GROUPS = [Group(PROMPT, RESPONSES, LABELS),
+          Group([1, 15, 4], [[6, 3], [7, 8, 9]],
+                torch.tensor([[0.5, 0.6, NAN], [NAN, NAN, 0.7]]))]
+
+
+def naive_score(scorer: RewardModel, prompt: list[int], response: list[int]):
+    """Oracle: the whole conversation in one row, nothing shared, nothing padded."""
+    with lora.using(scorer.model, scorer.name):
+        last = scorer.model(torch.tensor([prompt + response]))[0, -1]
+    logits = (scorer.head.weight * last).sum(-1) + scorer.head.bias
+    return 1 / (1 + (-logits).exp())
+
+
+def flat(tensors) -> torch.Tensor:
+    return torch.cat([t.flatten() for t in tensors])
+
+
+# -------------------------------------------------------------------- [E1] the loss
+
+
+def test_loss_is_the_squared_error_over_labelled_axes_only():
+    scores = torch.tensor([[0.5, 0.25], [0.75, 0.9]])
+    labels = torch.tensor([[1.0, NAN], [0.25, 0.4]])
+    wanted = 0.5 ** 2 + 0.5 ** 2 + 0.5 ** 2
+    assert reward_model.regression_loss(scores, labels).item() == pytest.approx(wanted)
+    nothing = reward_model.regression_loss(scores, torch.full((2, 2), NAN))
+    assert nothing.item() == 0
+
+
+def test_gradient_equals_the_naive_reference_however_rows_are_grouped():
+    scorer = tiny_scorer()
+    errors = []
+    for group in GROUPS:
+        for response, labels in zip(group.responses, group.labels, strict=True):
+            score = naive_score(scorer, group.prompt, response)
+            errors += [(score[k] - labels[k].double()) ** 2
+                       for k in range(3) if not labels[k].isnan()]
+    assert len(errors) == 11
+    loss = sum(errors) / len(errors)
+    wanted = flat(torch.autograd.grad(loss, scorer.parameters()))
+    alone = [Group(g.prompt, [r], labels[None]) for g in GROUPS
+             for r, labels in zip(g.responses, g.labels, strict=True)]
+    for batch in (GROUPS, GROUPS[::-1], alone):
+        with lora.using(scorer.model, "reward"):
+            assert reward_model.train_step(scorer, batch) == pytest.approx(
+                loss.item(), rel=1e-12)
+        found = flat(p.grad for p in scorer.parameters())
+        assert (found - wanted).norm() < 1e-12 * wanted.norm()
+        for p in scorer.parameters():
+            p.grad = None
+
+
+def test_a_loss_that_is_not_finite_is_refused():
+    scorer = tiny_scorer()
+    with torch.no_grad():
+        scorer.head.bias[0] = NAN
+    with pytest.raises(UserError, match="not finite"), \
+            lora.using(scorer.model, "reward"):
+        reward_model.train_step(scorer, GROUPS)
+
+
+# ------------------------------------------------------------------------ the scores
+
+
+def test_scores_equal_the_naive_reference_alone_and_in_a_group():
+    scorer = tiny_scorer()
+    together = scorer.score(PROMPT, RESPONSES)
+    assert together.shape == (4, 3)
+    assert ((together > 0) & (together < 1)).all()
+    assert together.std(0).min() > 0.01  # rows that agreed would prove nothing
+    for row, response in enumerate(RESPONSES):
+        with torch.no_grad():
+            naive = naive_score(scorer, PROMPT, response)
+        assert (together[row] - naive).abs().max() < 1e-12
+        assert (scorer.score(PROMPT, [response])[0] - naive).abs().max() < 1e-12
+
+
+def test_what_stands_behind_a_response_does_not_enter_its_score(monkeypatch):
+    scorer = tiny_scorer()
+    wanted = scorer.score(PROMPT, RESPONSES)
+
+    def pad_with_garbage(rows, device):
+        longest = 3 + max(map(len, rows))
+        return torch.tensor([r + [20 - len(r)] * (longest - len(r)) for r in rows])
+
+    monkeypatch.setattr(reward_model, "pad_rows", pad_with_garbage)
+    assert (scorer.score(PROMPT, RESPONSES) - wanted).abs().max() < 1e-12
+
+
+def test_every_token_of_prompt_and_response_enters_the_score():
+    scorer = tiny_scorer()
+    wanted = scorer.score(PROMPT, [[5, 6, 3]])
+    others = [[8, 6, 3], [5, 8, 3], [5, 6, 2], [5, 6]]  # the last one was cut off
+    for other in others:
+        assert (scorer.score(PROMPT, [other]) - wanted).abs().max() > 1e-4
+    for place in range(len(PROMPT)):
+        prompt = PROMPT[:place] + [16] + PROMPT[place + 1:]
+        assert (scorer.score(prompt, [[5, 6, 3]]) - wanted).abs().max() > 1e-4
+
+
+def test_scoring_speaks_as_the_reward_model_and_steps_back():
+    scorer = tiny_scorer()
+    lora.attach(scorer.model, "policy", rank=2, alpha=4, seed=3)
+    with torch.no_grad():
+        for layer in lora.layers(scorer.model).values():
+            layer.lora_B["policy"].fill_(0.1)
+    wanted = scorer.score(PROMPT, RESPONSES)
+    with lora.using(scorer.model, "policy"):
+        assert torch.equal(scorer.score(PROMPT, RESPONSES), wanted)
+        assert scorer.model.speaker.name == "policy"
+
+
+def test_an_untrained_head_gives_one_answer_for_all():
+    base = tiny_base()
+    lora.attach(base, "reward", rank=3, alpha=6)
+    scores = RewardModel(base, AXES).score(PROMPT, RESPONSES)
+    assert (scores == scores[0]).all()
+
+
+# ------------------------------------------------------------------------- the files
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A saved reward model's folder, and the scores it must give again."""
+    scorer = tiny_scorer()
+    scorer.save(tmp_path / "reward", "the tiny base", {"note": 1})
+    return tmp_path / "reward", scorer.score(PROMPT, RESPONSES)
+
+
+def test_a_saved_reward_model_gives_identical_scores(saved):
+    folder, wanted = saved
+    scorer = reward_model.load(tiny_base(), folder)
+    assert scorer.axes == AXES
+    assert torch.equal(scorer.score(PROMPT, RESPONSES), wanted)
+    assert not any(p.requires_grad for p in scorer.parameters())  # GRPO trains others
+    assert json.loads((folder / "reward.json").read_text())["report"] == {"note": 1}
+
+
+def rewrite_head(folder, **tensors: torch.Tensor) -> None:
+    safetensors.torch.save_file(tensors, folder / "head.safetensors")
+    write_checksums(folder)
+
+
+def test_an_altered_file_is_refused(saved):
+    folder, _ = saved
+    for name in ("head.safetensors", "reward.json", "adapter_model.safetensors"):
+        whole = (folder / name).read_bytes()
+        (folder / name).write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        with pytest.raises(UserError, match=f"{name} is not the file.*SHA-256"):
+            reward_model.load(tiny_base(), folder)
+        (folder / name).write_bytes(whole)
+    reward_model.load(tiny_base(), folder)  # mended
+
+
+def test_a_missing_head_is_refused(saved):
+    folder, _ = saved
+    (folder / "head.safetensors").unlink()
+    with pytest.raises(UserError, match=r"head\.safetensors"):
+        reward_model.load(tiny_base(), folder)
+
+
+@pytest.mark.parametrize("axes", [AXES[:2], [*AXES, "wit"], [], "safety", [1, 2, 3]])
+def test_axes_that_do_not_fit_the_head_are_refused(saved, axes):
+    folder, _ = saved
+    (folder / "reward.json").write_text(json.dumps({"axes": axes}))
+    write_checksums(folder)
+    with pytest.raises(UserError, match=r"expected \{|must name the axes"):
+        reward_model.load(tiny_base(), folder)
+
+
+@pytest.mark.parametrize(("tensors", "message"), [
+    ({"weight": torch.zeros(3, 16), "bias": torch.tensor([0, NAN, 0])}, "not finite"),
+    ({"weight": torch.zeros(3, 16)}, "expected"),
+    ({"weight": torch.zeros(3, 8), "bias": torch.zeros(3)}, "expected")])
+def test_a_broken_head_is_refused(saved, tensors, message):
+    folder, _ = saved
+    rewrite_head(folder, **tensors)
+    with pytest.raises(UserError, match=f"head.safetensors.*{message}"):
+        reward_model.load(tiny_base(), folder)
+
+
+def test_another_base_is_refused(saved):
+    with pytest.raises(UserError, match="another base"):
+        reward_model.load(tiny_base(seed=7), saved[0])
+
+
+# --------------------------------------------------------------------- the judgement
+
+
+def definition_of_ranks(values) -> list[float]:
+    """How many are smaller, and half of the others that are equal."""
+    return [sum(v < x for v in values) + (sum(v == x for v in values) - 1) / 2
+            for x in values]
+
+
+def test_ranks_share_the_mean_where_values_tie():
+    values = np.array([0.3, 0.1, 0.3, 0.9, 0.1, 0.3, -2.0])
+    assert reward_model.ranks(values).tolist() == definition_of_ranks(values)
+    # Known from scipy.stats.rankdata, less 1.
+    assert reward_model.ranks(np.array([0, 2, 3, 2])).tolist() == [0, 1.5, 3, 1.5]
+
+
+def test_pearson_and_spearman_equal_numpy_on_values_and_on_ranks():
+    random = np.random.default_rng(0)
+    a = random.normal(size=50).round(1)  # rounded, so that there are ties
+    b = (a ** 3 + random.normal(size=50)).round(1)
+    assert len(set(a)) < 45
+    assert reward_model.pearson(a, b) == pytest.approx(np.corrcoef(a, b)[0, 1])
+    on_ranks = np.corrcoef(definition_of_ranks(a), definition_of_ranks(b))[0, 1]
+    assert reward_model.spearman(a, b) == pytest.approx(on_ranks)
+    assert reward_model.spearman(a, a ** 3) == pytest.approx(1)
+    assert reward_model.spearman(a, -a) == pytest.approx(-1)
+
+
+def test_a_constant_prediction_correlates_with_nothing():
+    labels = np.array([0.1, 0.5, 0.9])
+    for constant in (np.full(3, 0.7), np.full(3, 1 / 3)):
+        for figure in (reward_model.pearson, reward_model.spearman):
+            assert figure(constant, labels) == 0.0
+            assert figure(labels, constant) == 0.0
+
+
+class Oracle:
+    """A scorer that says what a test wrote down: one row of scores a response."""
+
+    def __init__(self, axes: list[str], scores: list[list[float]]) -> None:
+        self.axes, self.scores = axes, torch.tensor(scores)
+
+    def score(self, prompt: list[int], responses: list[list[int]]) -> torch.Tensor:
+        return self.scores[[r[0] for r in responses]]
+
+
+def test_judgement_by_hand():
+    scorer = Oracle(["wit", "care", "none"], [
+        [0.05, 0.5, 0.5], [0.15, 0.5, 0.5], [0.45, 0.5, 0.5], [1.0, 0.5, 0.5]])
+    labels = torch.tensor([[0.0, 0.2, NAN], [0.4, NAN, NAN], [0.2, 0.8, NAN],
+                           [0.8, 0.4, NAN]])
+    report = reward_model.judge(scorer, [Group([1], [[0], [1]], labels[:2]),
+                                         Group([2], [[2], [3]], labels[2:])])
+    assert list(report) == ["wit", "care"]  # nobody labelled "none"
+    wit, care = report["wit"], report["care"]
+    assert (wit["rows"], care["rows"]) == (4, 3)
+    assert wit["mae"] == pytest.approx((0.05 + 0.25 + 0.25 + 0.2) / 4)
+    assert wit["mae_of_mean"] == pytest.approx((0.35 + 0.05 + 0.15 + 0.45) / 4)
+    assert wit["spearman"] == pytest.approx(0.8)  # ranks 0 1 2 3 against 0 2 1 3
+    assert care["spearman"] == care["pearson"] == 0
+    assert [n for n, *_ in wit["calibration"]] == [2, 1, 1]  # 1.0 is in the last bin
+    assert wit["calibration"][0] == [2, pytest.approx(0.1), pytest.approx(0.2)]
+    assert wit["calibration"][2] == [1, pytest.approx(1.0), pytest.approx(0.8)]
+    assert care["calibration"] == [[3, 0.5, pytest.approx(1.4 / 3)]]
+
+
+def test_calibration_bins_hold_every_row_once():
+    random = torch.Generator().manual_seed(0)
+    scores = torch.rand(60, 1, generator=random)
+    group = Group([1], [[i] for i in range(60)], torch.rand(60, 1, generator=random))
+    report = reward_model.judge(Oracle(["wit"], scores.tolist()), [group])["wit"]
+    bins = report["calibration"]
+    assert sum(n for n, *_ in bins) == report["rows"] == 60
+    assert len(bins) == 5
+    for index, (_, predicted, _) in enumerate(bins):
+        assert index / 5 <= predicted <= (index + 1) / 5
+    for column, values in ((1, scores), (2, group.labels)):
+        mean = sum(b[0] * b[column] for b in bins) / 60
+        assert mean == pytest.approx(values.mean().item(), rel=1e-5)
+
+
+# -------------------------------------------------------------------------- the data
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_no_prompt_is_in_training_and_test(seed):
+    rows = [{"prompt": f"p{i % 10}", "number": i} for i in range(40)]
+    known, held = reward_model.split_rows(rows, seed)
+    assert {r["prompt"] for r in known}.isdisjoint(r["prompt"] for r in held)
+    assert sorted(r["number"] for r in known + held) == list(range(40))
+    assert len({r["prompt"] for r in held}) == 2  # a fifth
+    assert reward_model.split_rows(rows, seed) == (known, held)
+    assert reward_model.split_rows(rows, seed + 2)[1] != held
+
+
+def test_a_split_that_the_file_states_is_kept():
+    rows = [{"prompt": "a", "split": "test"}, {"prompt": "b", "split": "train"},
+            {"prompt": "c"}]
+    assert reward_model.split_rows(rows, 0) == (rows[1:], rows[:1])
+
+
+def test_only_a_cut_off_response_lacks_its_end_token():
+    stub, encode = StubTokenizer(), reward_model.encode_response
+    assert encode(stub, "5 6", cut=False) == [5, 6, 3]  # <|im_end|>, not the other stop
+    assert encode(stub, "5 6", cut=True) == [5, 6]
+    assert encode(stub, "", cut=False) == [3]
+    assert len(encode(stub, "", cut=True)) == 1  # there must be something to score
+    stub.control = {}
+    assert encode(stub, "5", cut=False) == [5, 2]  # a checkpoint with other stops
+
+
+def test_rows_are_gathered_by_prompt_and_unlabelled_axes_are_nan():
+    rows = [{"prompt": "5", "response": "6", "scores": {"safety": 1}},
+            {"prompt": "7", "response": "8", "scores": {"politeness": 0.5}},
+            {"prompt": "5", "response": "9", "cut": True,
+             "scores": {"safety": 0, "politeness": 0.25}}]
+    first, second = reward_model.make_groups(rows, ["politeness", "safety"],
+                                             StubTokenizer())
+    assert (first.prompt, second.prompt) == ([1, 5, 4], [1, 7, 4])
+    assert first.responses == [[6, 3], [9]]
+    assert second.responses == [[8, 3]]
+    wanted = torch.tensor([[NAN, 1], [0.25, 0]])
+    torch.testing.assert_close(first.labels, wanted, equal_nan=True)
+    torch.testing.assert_close(second.labels, torch.tensor([[0.5, NAN]]),
+                               equal_nan=True)
+
+
+# ---------------------------------------------------------------------- the training
+
+
+def separable(count: int, seed: int) -> list[Group]:
+    """Axis 0: does the response begin with 5? Axis 1: was it ended?"""
+    random, groups = np.random.default_rng(seed), []
+    for _ in range(count):
+        responses = [[first, *random.integers(8, 12, size=2).tolist(), *end]
+                     for first in (5, 6) for end in ([3], [])]
+        labels = torch.tensor([[r[0] == 5, r[-1] == 3] for r in responses]).float()
+        prompt = [1, *random.integers(8, 20, size=2).tolist()]
+        groups.append(Group(prompt, responses, labels))
+    return groups
+
+
+def test_training_fits_a_separable_task_and_leaves_the_base_alone():
+    base = tiny_base()
+    lora.attach(base, "reward", rank=4, alpha=8)
+    scorer = RewardModel(base, ["five", "ended"])
+    torch.nn.init.zeros_(scorer.head.bias)
+    before = {name: w.clone() for name, w in qwen.base_parameters(base).items()}
+    settings = reward_model.Settings(epochs=8, prompts_per_step=8, lr=3e-2)
+    losses = reward_model.train(scorer, separable(48, seed=0), settings)
+    assert len(losses) == 8 * 6
+    assert np.mean(losses[:3]) > 0.2  # guessing 0.5 costs 0.25
+    assert np.mean(losses[-6:]) < 0.05
+    report = reward_model.judge(scorer, separable(12, seed=1))  # prompts it never saw
+    assert min(r["pearson"] for r in report.values()) > 0.8
+    for name, weight in qwen.base_parameters(base).items():
+        assert torch.equal(weight, before[name]), name
+        assert weight.grad is None
+
+
+def test_training_repeats_itself():
+    results = []
+    for _ in range(2):
+        base = tiny_base()
+        lora.attach(base, "reward", rank=4, alpha=8)
+        torch.manual_seed(0)
+        scorer = RewardModel(base, ["five", "ended"])
+        settings = reward_model.Settings(epochs=1, prompts_per_step=3, lr=1e-2)
+        results.append((reward_model.train(scorer, separable(8, seed=0), settings),
+                        flat(p.detach() for p in scorer.parameters())))
+    assert len(results[0][0]) == 3  # eight prompts: two steps of three, one of two
+    assert results[0][0] == results[1][0]
+    assert torch.equal(results[0][1], results[1][1])
+
+
+# ------------------------------------------------------------------ the command line
+
+
+@pytest.fixture(scope="module")
+def trained(checkpoint, tmp_path_factory):
+    """Folders of a base, and of the labels and reward model that came of it."""
+    base, folder = checkpoint("qwen2-tied"), tmp_path_factory.mktemp("trained")
+    rows = [{"prompt": f"Question {i}?", "response": word, "cut": bool(i % 2),
+             "scores": {"good": float(word == "Yes"), **({"odd": i % 2} if i else {})}}
+            for i in range(10) for word in ("Yes", "No")]
+    write_jsonl(folder / "labels.jsonl", rows)
+    reward_model.main(["--model", str(base), "--data", str(folder / "labels.jsonl"),
+                       "--out", str(folder / "reward"), "--epochs", "2", "--rank", "4"])
+    return base, folder
+
+
+def write_jsonl(path, rows: list) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def score(trained, rows: list, tmp_path) -> list[dict]:
+    write_jsonl(tmp_path / "in.jsonl", rows)
+    reward_model.main([
+        "--model", str(trained[0]), "--reward", str(trained[1] / "reward"),
+        "--score", str(tmp_path / "in.jsonl"), "--out", str(tmp_path / "out.jsonl")])
+    return [json.loads(line) for line in (tmp_path / "out.jsonl").open()]
+
+
+def test_the_program_trains_judges_and_saves(trained):
+    _, folder = trained
+    saved = json.loads((folder / "reward" / "reward.json").read_text())
+    assert saved["axes"] == ["good", "odd"]  # whatever the labels name
+    rows = {axis: r["rows"] for axis, r in saved["report"]["axes"].items()}
+    assert rows["good"] == 4  # two of ten prompts were held out
+    assert rows["odd"] in (2, 4)  # the first prompt does not label it
+    assert saved["report"]["settings"]["epochs"] == 2
+
+
+def test_score_adds_the_scores_of_the_loaded_model(trained, tmp_path):
+    rows = [{"prompt": "How?", "response": "So.", "note": "é"},
+            {"prompt": "Why?", "response": "Because", "cut": True}]
+    scored = score(trained, rows, tmp_path)
+    assert [{k: v for k, v in r.items() if k != "scores"} for r in scored] == rows
+    base, tokenizer = qwen.load(trained[0])
+    scorer = reward_model.load(base, trained[1] / "reward")
+    end = tokenizer.control["<|im_end|>"]
+    for row, tail in zip(scored, ([end], []), strict=True):
+        ids = tokenizer.encode(row["response"]) + tail
+        wanted = scorer.score(tokenizer.chat(row["prompt"]), [ids])[0].tolist()
+        assert row["scores"] == pytest.approx(
+            dict(zip(["good", "odd"], wanted, strict=True)), abs=1e-4)
+
+
+@pytest.mark.parametrize(("bad", "message"), [
+    ({"prompt": "Why?"}, "\"response\" must be a text"),
+    ({"prompt": 3, "response": "x"}, "\"prompt\" must be a text"),
+    ({"prompt": "  ", "response": "x"}, "prompt is empty"), ([1], "a JSON object")])
+def test_score_refuses_a_bad_row_by_file_and_line(trained, bad, message, tmp_path):
+    with pytest.raises(UserError, match=rf"in\.jsonl:2: .*{message}"):
+        score(trained, [{"prompt": "How?", "response": "So."}, bad], tmp_path)
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+@pytest.mark.parametrize("label", [1.5, -0.1, NAN, "1", None, True])
+def test_training_refuses_a_label_that_is_not_a_number_from_0_to_1(
+        trained, label, tmp_path):
+    good = {"prompt": "How?", "response": "So.", "scores": {"good": 1}}
+    write_jsonl(tmp_path / "in.jsonl", [good, good | {"scores": {"good": label}}])
+    with pytest.raises(UserError, match=r"in\.jsonl:2: score of good"):
+        reward_model.main(["--model", str(trained[0]), "--out", str(tmp_path / "out"),
+                           "--data", str(tmp_path / "in.jsonl")])
+
+
+def test_a_row_longer_than_the_context_is_refused(trained, tmp_path):
+    rows = [{"prompt": f"{i}?", "response": "word " * (300 if i else 1),
+             "scores": {"good": 1}} for i in range(3)]
+    write_jsonl(tmp_path / "in.jsonl", rows)
+    with pytest.raises(UserError, match="exceeds the model's context"):
+        reward_model.main(["--model", str(trained[0]), "--out", str(tmp_path / "out"),
+                           "--data", str(tmp_path / "in.jsonl")])
+
+
+def test_a_split_that_leaves_nothing_to_judge_is_refused(trained, tmp_path):
+    rows = [{"prompt": "How?", "response": "So.", "scores": {"good": 1}}]
+    write_jsonl(tmp_path / "in.jsonl", rows)
+    with pytest.raises(UserError, match="training and test both need rows"):
+        reward_model.main(["--model", str(trained[0]), "--out", str(tmp_path / "out"),
+                           "--data", str(tmp_path / "in.jsonl")])
+
+
+@pytest.mark.parametrize("option", ["--epochs", "--prompts-per-step", "--lr"])
+def test_settings_that_make_no_sense_are_refused(option):
+    with pytest.raises(UserError, match=r"must be positive"):
+        reward_model.main([option, "0"])

@@ -1,0 +1,347 @@
+"""Claims about run.py.
+
+* A file is written whole or not at all; a failure leaves the old one and no rubbish.
+* Every bad row of a JSONL file is refused with its file and line.
+* Checksums are those of `sha256sum`; an altered or misnamed file is refused.
+* A command line is what its dataclass says: types, defaults, choices, help.
+* A UserError becomes one line and exit status 2; other errors are not hidden.
+"""
+
+import dataclasses
+import errno
+import hashlib
+import importlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import run
+from run import UserError, option
+
+GOOD = '{"prompt": "p", "response": "r", "scores": {"safety": 0.5}}'
+
+# ----------------------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize(("step", "fault", "raised"), [
+    ("replace", OSError(errno.ENOSPC, "No space left on device"), UserError),
+    ("fsync", OSError(errno.EIO, "Input/output error"), UserError),
+    ("replace", KeyboardInterrupt(), KeyboardInterrupt),
+])
+def test_failed_write_leaves_the_old_file_alone(
+        tmp_path, monkeypatch, step, fault, raised):
+    path = tmp_path / "file.json"
+    path.write_text("old")
+
+    def fail(*_):
+        raise fault
+
+    monkeypatch.setattr(os, step, fail)
+    with pytest.raises(raised) as caught:
+        run.write_whole(path, "new")
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["file.json"]
+    if raised is UserError:
+        assert str(path) in str(caught.value)
+        assert fault.strerror in str(caught.value)
+
+
+def test_readers_see_the_old_file_until_the_new_one_is_complete(tmp_path, monkeypatch):
+    path, seen, replace = tmp_path / "file.bin", [], os.replace
+    run.write_whole(path, b"old")
+
+    def watched(source, target):
+        seen.append((path.read_bytes(), Path(source).read_bytes()))
+        assert Path(source).parent == path.parent  # else the rename is not atomic
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", watched)
+    run.write_whole(path, b"new\x00\xff")
+    assert seen == [(b"old", b"new\x00\xff")]
+    assert path.read_bytes() == b"new\x00\xff"
+
+
+def test_written_file_is_utf8_with_its_folders_and_readable_by_all(tmp_path):
+    path = tmp_path / "a" / "b" / "file.json"
+    run.write_json(path, {"é": [1, "水"]})
+    assert json.loads(path.read_bytes().decode("utf-8")) == {"é": [1, "水"]}
+    assert path.stat().st_mode & 0o777 == 0o644  # mkstemp alone gives 0o600
+    assert run.read_json(path) == {"é": [1, "水"]}
+
+
+def test_writing_below_a_file_or_over_a_folder_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file" / "x", tmp_path):
+        with pytest.raises(UserError, match="cannot write"):
+            run.write_whole(path, "new")
+
+
+@pytest.mark.parametrize(("content", "why"), [
+    (b"{", "not valid JSON"), (b"\xff{}", "not valid JSON"), (b"", "not valid JSON"),
+    (b"[1]", "object, not list"), (b"null", "object, not NoneType"),
+    (b"[" * 100_000, "not valid JSON"),  # too deep for the parser
+])
+def test_bad_json_file_is_refused(tmp_path, content, why):
+    path = tmp_path / "config.json"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=why) as caught:
+        run.read_json(path)
+    assert str(path) in str(caught.value)
+
+
+def test_missing_files_are_refused(tmp_path):
+    for reader in (run.read_json, lambda path: run.read_rows(path, False)):
+        with pytest.raises(UserError, match=r"cannot read .*gone.*No such file"):
+            reader(tmp_path / "gone")
+
+
+# ------------------------------------------------------------------------------ rows
+
+
+def scored(score: str) -> str:
+    """A row with this score; JSON itself has no NaN, but Python's parser takes it."""
+    return GOOD.replace("0.5", score)
+
+
+@pytest.mark.parametrize(("line", "why"), [
+    ("not json", "not valid JSON"),
+    ('{"prompt": "p"', "not valid JSON"),
+    ("[" * 100_000, "not valid JSON"),
+    ('["prompt"]', "found list"),
+    ("3", "found int"),
+    ('{"response": "r"}', '"prompt" must be a text'),
+    ('{"prompt": 3, "response": "r"}', '"prompt" must be a text'),
+    ('{"prompt": "p"}', '"response" must be a text'),
+    ('{"prompt": "", "response": "r"}', "prompt is empty"),
+    ('{"prompt": " \\n\\t", "response": "r"}', "prompt is empty"),
+    ('{"prompt": "p", "response": "\\ud83d"}', "half a surrogate pair"),
+    ('{"prompt": "p", "response": "r", "id": ["\\udc00"]}', "half a surrogate pair"),
+    ('{"prompt": "p", "response": "r"}', '"scores" must name'),
+    ('{"prompt": "p", "response": "r", "scores": {}}', '"scores" must name'),
+    ('{"prompt": "p", "response": "r", "scores": [1]}', '"scores" must name'),
+    *((scored(bad), "score of safety is .* 0 to 1") for bad in (
+        "1.01", "-0.01", "NaN", "Infinity", "-Infinity", "true", "false", '"0.5"',
+        "null", "[0.5]", "1" + "0" * 400)),  # an int beyond any float
+])
+def test_bad_row_is_refused_with_file_and_line(tmp_path, line, why):
+    path = tmp_path / "labels.jsonl"
+    path.write_text(f"{GOOD}\n\n{line}\n{GOOD}\n")  # an empty line counts, too
+    with pytest.raises(UserError, match=why) as caught:
+        run.read_rows(path, responses=True, labels=True)
+    assert f"{path}:3: " in str(caught.value)
+
+
+@pytest.mark.parametrize(("content", "why"), [
+    (b"", "has no rows"), (b"\n  \n", "has no rows"),
+    (GOOD.encode() + b"\n\xff\n", "not UTF-8 text"),
+    (GOOD.encode("utf-16"), "not UTF-8 text"),
+    (b"\xef\xbb\xbf" + GOOD.encode(), "BOM"),
+])
+def test_bad_file_of_rows_is_refused(tmp_path, content, why):
+    path = tmp_path / "labels.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=why) as caught:
+        run.read_rows(path, responses=True, labels=True)
+    assert str(path) in str(caught.value)
+
+
+def test_good_rows_come_back_as_they_were_written(tmp_path):
+    rows = [
+        {"prompt": "a", "response": "", "scores": {"x": 0, "y": 1.0}, "id": 7},
+        # JSON allows these inside a string; str.splitlines() would cut there.
+        {"prompt": "1\u20282\u20293\x854\x7f", "response": "😀\r\n", "scores": {"x": 1}}
+    ]
+    path = tmp_path / "rows.jsonl"
+    for ascii_only, end in ((True, "\n"), (False, "\n"), (False, "\r\n")):
+        text = end.join(json.dumps(r, ensure_ascii=ascii_only) for r in rows)
+        path.write_bytes(text.encode())
+        assert run.read_rows(path, responses=True, labels=True) == rows
+
+
+def test_only_what_is_asked_for_is_required(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "p", "scores": "anything"}')
+    assert run.read_rows(path, responses=False)[0]["prompt"] == "p"
+
+
+# ------------------------------------------------------------------------- checksums
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with two files, a subfolder and its checksums."""
+    (tmp_path / "b.bin").write_bytes(bytes(range(256)))
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "sub").mkdir()
+    run.write_checksums(tmp_path)
+    return tmp_path
+
+
+def test_checksums_are_those_of_hashlib(folder):
+    assert (folder / "SHA256SUMS").read_text() == "".join(
+        f"{hashlib.sha256((folder / name).read_bytes()).hexdigest()}  {name}\n"
+        for name in ("a.txt", "b.bin"))
+    run.verify_checksums(folder)
+    before = (folder / "SHA256SUMS").read_bytes()
+    run.write_checksums(folder)  # the list does not list itself
+    assert (folder / "SHA256SUMS").read_bytes() == before
+
+
+@pytest.mark.skipif(not shutil.which("sha256sum"), reason="no sha256sum here")
+def test_sha256sum_accepts_our_list(folder):
+    check = ["sha256sum", "-c", "--strict", "--quiet", "SHA256SUMS"]
+    assert subprocess.run(check, cwd=folder).returncode == 0
+
+
+def test_altered_or_missing_file_is_refused(folder):
+    (folder / "b.bin").write_bytes(bytes(range(255)) + b"\x00")  # one byte, same size
+    with pytest.raises(UserError, match=r"b\.bin is not the file that was written"):
+        run.verify_checksums(folder)
+    (folder / "b.bin").unlink()
+    with pytest.raises(UserError, match=r"not there: 'b\.bin'"):
+        run.verify_checksums(folder)
+
+
+def test_list_may_not_point_outside_its_folder(folder):
+    outside = folder.parent / f"{folder.name}-outside"
+    outside.write_text("a")  # it exists, and its digest is right
+    inside = folder / "sub" / "a.txt"
+    inside.write_text("a")
+    digest = hashlib.sha256(b"a").hexdigest()
+    for name in (f"../{outside.name}", str(outside), "sub/a.txt", "./a.txt", "sub",
+                 "..", ".", "", "a\x00.txt"):
+        (folder / "SHA256SUMS").write_text(f"{digest}  {name}\n")
+        with pytest.raises(UserError, match="names a file that is not there"):
+            run.verify_checksums(folder)
+
+
+def test_damaged_list_is_refused_and_a_folder_without_one_is_not_ours(folder):
+    for damage in (b"\xff\xfe\x00", b"abc\n", b"\n"):
+        (folder / "SHA256SUMS").write_bytes(damage)
+        with pytest.raises(UserError):
+            run.verify_checksums(folder)
+    (folder / "SHA256SUMS").unlink()
+    run.verify_checksums(folder)
+
+
+# -------------------------------------------------------------------------- settings
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Every kind of option that the programs have."""
+
+    prompt: str | None = option(None, "a question", positional=True, nargs="?")
+    group_size: int = option(8, "responses a prompt; 50% of them %s %(prog)s")
+    lr: float = option(1e-5, "learning rate")
+    out: Path = option(Path("runs"), "folder")
+    limit: int | None = option(None, "at most so many")
+    kl: str = option("k3", "estimator", choices=["k1", "k2", "k3"])
+
+
+def test_settings_are_filled_and_typed():
+    assert run.parse_settings(Settings, "Text.", []) == Settings()
+    found = run.parse_settings(Settings, "Text.", [
+        "why?", "--group-size", "4", "--lr", "3e-4", "--out", "a/b", "--limit", "7",
+        "--kl", "k1"])
+    assert found == Settings("why?", 4, 3e-4, Path("a/b"), 7, "k1")
+    assert [type(getattr(found, name)) for name in ("group_size", "lr", "limit")] == [
+        int, float, int]
+    assert isinstance(found.out, Path)
+
+
+@pytest.mark.parametrize("argv", [
+    ["--kl", "k4"], ["--limit", "x"], ["--group-size", "1.5"], ["--unknown"]])
+def test_bad_options_exit_with_2(argv, capsys):
+    with pytest.raises(SystemExit) as caught:
+        run.parse_settings(Settings, "Text.", argv)
+    assert caught.value.code == 2
+    assert argv[0] in capsys.readouterr().err
+
+
+def help_of(cls: type, capsys) -> str:
+    """What --help prints, in one line."""
+    with pytest.raises(SystemExit) as caught:
+        run.parse_settings(cls, "What it does.", ["--help"])
+    assert caught.value.code == 0
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_help_has_the_defaults_and_survives_percent_signs(capsys):
+    text = help_of(Settings, capsys)
+    assert "What it does." in text
+    assert "responses a prompt; 50% of them %s %(prog)s (default: 8)" in text
+    assert "learning rate (default: 1e-05)" in text
+    assert "--kl {k1,k2,k3} estimator (default: k3)" in text
+
+
+@pytest.mark.parametrize("program", ["sample", "reward_model", "grpo"])
+def test_every_program_explains_all_of_its_options(program, capsys):
+    cls = importlib.import_module(program).Settings
+    text = help_of(cls, capsys)
+    for field in dataclasses.fields(cls):
+        assert field.name.replace("_", "-") in text
+        # argparse would read "--flag False" as True.
+        assert field.type is not bool, field.name
+    assert run.parse_settings(cls, "", []) == cls()
+
+
+# ---------------------------------------------------------------------------- errors
+
+
+def test_user_error_is_one_line_and_exit_status_2(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/somewhere/grpo.py", "--x"])
+    with pytest.raises(SystemExit) as caught, run.one_line_errors():
+        run.require(False, "a.json:3: bad\n   thing;\tmend it")
+    assert caught.value.code == 2
+    printed = capsys.readouterr()
+    assert printed.err == "grpo.py: error: a.json:3: bad thing; mend it\n"
+    assert printed.out == ""
+
+
+def test_keyboard_stops_without_traceback(capsys):
+    with pytest.raises(SystemExit) as caught, run.one_line_errors():
+        raise KeyboardInterrupt
+    assert caught.value.code == 130  # as shells report SIGINT
+    assert "stopped by the keyboard" in capsys.readouterr().err
+
+
+def test_our_own_mistakes_are_not_hidden():
+    with pytest.raises(ZeroDivisionError), run.one_line_errors():
+        1 / 0  # noqa: B018
+    with run.one_line_errors():
+        run.require(True, "never said")
+
+
+# --------------------------------------------------------------------------- figures
+
+
+def test_table_is_aligned():
+    assert run.format_table(["axis", "rows", "mae"], [
+        ["politeness", 12, 0.12345], ["safety", 3, -1.0]]) == (
+        "axis        rows     mae\n"
+        "----------  ----  ------\n"
+        "politeness    12   0.123\n"
+        "safety         3  -1.000")
+    assert run.format_table(["a", "b"], []) == "a  b\n-  -"
+
+
+@pytest.mark.parametrize(("seconds", "text"), [
+    (0.4, "0 s"), (59.4, "59 s"), (59.6, "1 min 0 s"), (75.3, "1 min 15 s"),
+    (3599.9, "1 h 0 min"), (7380, "2 h 3 min")])
+def test_seconds_for_people(seconds, text):
+    assert run.format_seconds(seconds) == text
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux only")
+def test_memory_is_what_the_kernel_says():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    peak = next(int(x.split()[1]) for x in lines if x.startswith("VmHWM:"))  # KiB
+    assert run.peak_rss_gb() == pytest.approx(peak * 1024 / 1e9, rel=0.1)
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert 1e6 < run.available_memory() <= total
