@@ -37,7 +37,7 @@ from tqdm import tqdm
 import lora
 import reward_model
 from logprob import token_statistics
-from model import SIZES, TINY, Qwen, Tokenizer, is_tiny, load, pad_rows
+from model import SIZES, TINY, Qwen, Tokenizer, base_name, is_tiny, load, pad_rows
 from run import (
     UserError,
     format_seconds,
@@ -274,9 +274,11 @@ def resolve(settings: Settings) -> Settings:
 
 def parse_weights(text: str, axes: list[str]) -> Tensor:
     """`safety=2,politeness=0` → weights (K,); axes that are not named keep 1."""
-    weights = dict.fromkeys(axes, 1.0)
+    weights, named = dict.fromkeys(axes, 1.0), set()
     for part in filter(None, (p.strip() for p in text.split(","))):
-        axis, _, number = part.partition("=")
+        axis, _, number = (piece.strip() for piece in part.partition("="))
+        require(axis not in named, f"--weights names {axis} twice")
+        named.add(axis)
         require(axis in weights, f"--weights: unknown axis {axis!r}; the reward model "
                 f"has {', '.join(axes)}")
         try:
@@ -414,7 +416,7 @@ def train_group(run: Run, batch: Batch, p: int, reference: Tensor | None,
     s, prompt, responses = run.settings, batch.prompts[p].ids, group_rows(run, batch, p)
     advantage = batch.advantage.view(-1, s.group_size)[p].to(run.model.device)  # (G,)
     total_tokens = int(batch.sampled.mask.sum())
-    sums = dict.fromkeys(("loss", "tokens", "entropy", "kl", "clipped", "gap"), 0.0)
+    sums = dict.fromkeys(("loss", "tokens", "entropy", "kl", "clipped"), 0.0)
     with run.model.shared_prefix(prompt) as prefix:
         for part in micro_batches([len(r) for r in responses]):
             here = [responses[row] for row in part]
@@ -570,12 +572,12 @@ def shuffled(prompts: list[Prompt], seed: int):
 
 
 def require_movement(run: Run, step: int, metrics: dict) -> None:
-    """After the first step with a gradient, some B must have left zero."""
-    if step == 1 and metrics["grad_norm"] > 0:
+    """After a step with a gradient, some B must have left zero."""
+    if metrics["grad_norm"] > 0:
         moved = any(bool(layer.lora_B["policy"].any())
                     for layer in lora.layers(run.model).values())
-        require(moved, "the adapter is still zero after the first step; nothing is "
-                "being learnt (is --lr too small for its type?)")
+        require(moved, f"the adapter is still zero after step {step}; nothing is being "
+                "learnt (is --lr too small?)")
 
 
 def show(bar: tqdm, run: Run, metrics: dict, seconds: float) -> None:
@@ -750,8 +752,9 @@ def find_reward_model(s: Settings, model: Qwen,
     if s.reward or (folder / "reward.json").is_file():
         return reward_model.load(model, folder)
     print(f"there is no reward model for {s.model} yet: training one into {folder}")
-    options = reward_model.Settings(model=s.model, seed=s.seed, device=s.device)
-    scorer = reward_model.train_reward_model(model, tokenizer, s.model, options, folder)
+    options = reward_model.resolve(
+        reward_model.Settings(model=s.model, seed=s.seed, device=s.device))
+    scorer = reward_model.train_reward_model(model, tokenizer, options, folder)
     for parameter in scorer.parameters():
         parameter.requires_grad_(False)
     return scorer
@@ -825,7 +828,7 @@ def main(argv: list[str] | None = None) -> None:
         "torch": torch.__version__, "threads": torch.get_num_threads()})
     before = evaluate(run, held_out, "before")
     train(run, prompts)
-    lora.save(run.model, "policy", run.folder / "adapter", settings.model)
+    lora.save(run.model, "policy", run.folder / "adapter", base_name(settings.model))
     after = evaluate(run, held_out, "after")
     report(run, held_out, before, after)
     seconds = time.perf_counter() - started

@@ -167,7 +167,9 @@ def save(model: Qwen, name: str, folder: Path, base: str) -> None:
         "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False,
         "use_rslora": False, "use_dora": False,
     }
-    metadata = {"format": "pt", "base_fingerprint": fingerprint(model)}
+    # One entry only: safetensors writes several in random order, and the same adapter
+    # should be the same bytes.
+    metadata = {"base_fingerprint": fingerprint(model)}
     write_whole(folder / "adapter_model.safetensors",
                 safetensors.torch.save(tensors, metadata))
     write_json(folder / "adapter_config.json", config)

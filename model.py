@@ -47,6 +47,11 @@ def is_tiny(source: str | Path) -> bool:
     return Path(source).resolve() == TINY
 
 
+def base_name(source: str | Path) -> str:
+    """What an adapter calls its base: nobody's home folder gets into the tiny one's."""
+    return "data/tiny" if is_tiny(source) else str(source)
+
+
 # ---------------------------------------------------------------------------- config
 
 

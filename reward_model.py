@@ -27,6 +27,7 @@ cut off has no end token, so the training data hold such rows too (`"cut": true`
 import dataclasses
 import json
 import math
+import os
 import random
 import sys
 import time
@@ -39,7 +40,17 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import lora
-from model import SIZES, TINY, Cache, Qwen, Tokenizer, is_tiny, open_shard, pad_rows
+from model import (
+    SIZES,
+    TINY,
+    Cache,
+    Qwen,
+    Tokenizer,
+    base_name,
+    is_tiny,
+    open_shard,
+    pad_rows,
+)
 from model import load as load_base
 from run import (
     format_table,
@@ -50,6 +61,7 @@ from run import (
     read_json,
     read_rows,
     require,
+    verify_checksums,
     write_checksums,
     write_json,
     write_whole,
@@ -80,7 +92,7 @@ class RewardModel:
         hidden = self.model(rows, prefix)  # (n, 1 + C, D)
         last = torch.tensor([len(r) for r in responses], device=rows.device)
         pooled = hidden[torch.arange(len(rows), device=rows.device), last]  # (n, D)
-        # [E1] s_k = sigmoid(w_k · h_last + b_k)
+        # s_k = sigmoid(w_k · h_last + b_k)
         return self.head(pooled.to(self.head.weight.dtype)).sigmoid()
 
     @torch.no_grad()
@@ -109,18 +121,22 @@ def load(model: Qwen, folder: Path, name: str = "reward") -> RewardModel:
     Raises:
         UserError: missing, altered or foreign files.
     """
-    lora.load(model, name, folder)
+    require(folder.is_dir(), f"no reward model folder {folder}; train one with "
+            "reward_model.py")
+    verify_checksums(folder)
     axes = read_json(folder / "reward.json").get("axes")
     require(isinstance(axes, list) and axes and all(isinstance(a, str) for a in axes),
             f"{folder}/reward.json must name the axes")
-    scorer = RewardModel(model, axes, name)
+    width = model.config.hidden_size
     with open_shard(folder / "head.safetensors") as shard:
         head = {key: shard.get_tensor(key) for key in shard.keys()}
     shapes = {key: list(value.shape) for key, value in head.items()}
-    want = {key: list(value.shape) for key, value in scorer.head.state_dict().items()}
+    want = {"bias": [len(axes)], "weight": [len(axes), width]}
     require(shapes == want, f"{folder}/head.safetensors has {shapes}, expected {want}")
     require(all(bool(v.isfinite().all()) for v in head.values()),
             f"{folder}/head.safetensors holds values that are not finite")
+    lora.load(model, name, folder)  # last: a refused folder leaves no half behind
+    scorer = RewardModel(model, axes, name)
     scorer.head.load_state_dict(head)
     scorer.head.requires_grad_(False)
     for parameter in lora.parameters(model, name):
@@ -133,7 +149,7 @@ def load(model: Qwen, folder: Path, name: str = "reward") -> RewardModel:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Options of `python reward_model.py`."""
+    """Options of `python reward_model.py`; `resolve` replaces a default of None."""
 
     size: str = option("tiny", "tiny (bundled), or a Qwen2.5-Instruct on the Hub",
                        choices=[*SIZES])
@@ -142,14 +158,36 @@ class Settings:
     out: Path | None = option(None, "where the reward model, or the scored file, goes")
     reward: Path | None = option(None, "reward model to score with")
     score: Path | None = option(None, "score this JSONL (prompt, response) and stop")
-    epochs: int = option(3, "passes over the labels")
-    prompts_per_step: int = option(8, "prompts (with all their responses) a step")
-    lr: float = option(1e-3, "AdamW's peak learning rate")
+    epochs: int | None = option(None, "passes over the labels")
+    prompts_per_step: int | None = option(None, "prompts, with all their responses")
+    lr: float | None = option(None, "AdamW's peak learning rate")
     rank: int = option(16, "LoRA rank; alpha is twice that")
     seed: int = option(0, "of the adapter, the split and the order of the rows")
     device: str = option("cpu", "cpu or cuda")
     dtype: str | None = option(None, "float32 or bfloat16 (default: by the device)",
                                choices=["float32", "bfloat16"])
+
+
+# By `model.is_tiny`. The free-English labels are few: small steps, a gentler rate.
+DEFAULTS = {
+    True: {"epochs": 4, "prompts_per_step": 8, "lr": 1e-3},
+    False: {"epochs": 3, "prompts_per_step": 2, "lr": 2e-4},
+}
+
+
+def resolve(settings: Settings) -> Settings:
+    """Fill in the defaults that depend on the model, and refuse what makes no sense."""
+    source = settings.model or SIZES[settings.size]
+    changes = {name: value for name, value in DEFAULTS[is_tiny(source)].items()
+               if getattr(settings, name) is None}
+    settings = dataclasses.replace(settings, model=source, **changes)
+    for name in ("epochs", "prompts_per_step", "lr", "rank"):
+        require(0 < getattr(settings, name) < math.inf,
+                f"--{name.replace('_', '-')} must be positive")
+    require(settings.seed >= 0, "--seed must not be negative")
+    require(settings.device == "cpu" or torch.cuda.is_available(),
+            f"--device {settings.device}: there is no such device; use cpu")
+    return settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -315,13 +353,13 @@ def default_folder(source: str) -> Path:
     return Path("runs") / f"reward-{Path(source).name}"
 
 
-def score_file(settings: Settings, source: str) -> None:
+def score_file(settings: Settings) -> None:
     """Add `scores` to every row of a JSONL file."""
     rows = read_rows(settings.score, responses=True)
     require(settings.out is not None, "--score needs --out OUT.jsonl")
     dtype = settings.dtype and getattr(torch, settings.dtype)
-    model, tokenizer = load_base(source, settings.device, dtype)
-    folder = settings.reward or default_folder(source)
+    model, tokenizer = load_base(settings.model, settings.device, dtype)
+    folder = settings.reward or default_folder(settings.model)
     scorer = load(model, folder)
     for row in tqdm(rows, desc="scoring", unit="row", file=sys.stderr):
         response = encode_response(tokenizer, row["response"], bool(row.get("cut")))
@@ -333,10 +371,11 @@ def score_file(settings: Settings, source: str) -> None:
     print(f"wrote {settings.out}: {len(rows)} rows, axes {', '.join(scorer.axes)}")
 
 
-def train_reward_model(model: Qwen, tokenizer: Tokenizer, source: str,
-                       settings: Settings, folder: Path) -> RewardModel:
+def train_reward_model(model: Qwen, tokenizer: Tokenizer, settings: Settings,
+                       folder: Path) -> RewardModel:
     """Train, judge and save a reward model on the base that is loaded already."""
-    path = settings.data or (TINY if is_tiny(source) else TINY.parent) / "labels.jsonl"
+    home = TINY if is_tiny(settings.model) else TINY.parent
+    path = settings.data or home / "labels.jsonl"
     rows = read_rows(path, responses=True, labels=True)
     axes = list(dict.fromkeys(axis for row in rows for axis in row["scores"]))
     known, held = split_rows(rows, settings.seed)
@@ -352,7 +391,8 @@ def train_reward_model(model: Qwen, tokenizer: Tokenizer, source: str,
     mean = labels.nanmean(0).clamp(0.02, 0.98)
     with torch.no_grad():
         scorer.head.bias.copy_(mean.logit())
-    print(f"training the reward model on {len(known)} rows of {path}, judging it on "
+    print(f"training the reward model on {len(known)} rows of "
+          f"{os.path.relpath(path)}, judging it on "
           f"{len(held)}; axes {', '.join(axes)}")
     started = time.perf_counter()
     losses = train(scorer, groups, settings)
@@ -361,10 +401,11 @@ def train_reward_model(model: Qwen, tokenizer: Tokenizer, source: str,
         "seconds": round(time.perf_counter() - started, 1),
         "peak_rss_gb": round(peak_rss_gb(), 2),
         "last_mse": float(np.mean(losses[-20:])),
-        "settings": {k: str(v) if isinstance(v, Path) else v
-                     for k, v in dataclasses.asdict(settings).items()},
+        "settings": {name: getattr(settings, name) for name in
+                     ("epochs", "prompts_per_step", "lr", "rank", "seed")},
+        "rows": [len(known), len(held)], "threads": torch.get_num_threads(),
     }
-    scorer.save(folder, source, report)
+    scorer.save(folder, base_name(settings.model), report)
     print_report(report["axes"])
     print(f"\nwrote {folder} ({report['seconds']:.0f} s, "
           f"peak {report['peak_rss_gb']} GB)")
@@ -373,18 +414,14 @@ def train_reward_model(model: Qwen, tokenizer: Tokenizer, source: str,
 
 def main(argv: list[str] | None = None) -> None:
     """Train a reward model, or score a file with one."""
-    settings = parse_settings(Settings, "Train or use the reward model.", argv)
-    require(settings.epochs > 0 and settings.prompts_per_step > 0 and settings.lr > 0,
-            "--epochs, --prompts-per-step and --lr must be positive")
-    source = settings.model or SIZES[settings.size]
+    settings = resolve(parse_settings(Settings, "Train or use the reward model.", argv))
     if settings.score is not None:
-        score_file(settings, source)
+        score_file(settings)
         return
     dtype = settings.dtype and getattr(torch, settings.dtype)
-    model, tokenizer = load_base(source, settings.device, dtype)
-    torch.manual_seed(settings.seed)
-    folder = settings.out or default_folder(source)
-    train_reward_model(model, tokenizer, source, settings, folder)
+    model, tokenizer = load_base(settings.model, settings.device, dtype)
+    folder = settings.out or default_folder(settings.model)
+    train_reward_model(model, tokenizer, settings, folder)
 
 
 if __name__ == "__main__":

@@ -165,6 +165,8 @@ def main(argv: list[str] | None = None) -> None:
     require(settings.max_new_tokens > 0, "--max-new-tokens must be at least 1")
     require(settings.temperature >= 0, "--temperature must not be negative")
     require(settings.seed >= 0, "--seed must not be negative")
+    require(settings.device == "cpu" or torch.cuda.is_available(),
+            f"--device {settings.device}: there is no such device; use cpu")
     require(settings.reward is None or settings.reward.is_dir(),
             f"no such reward model folder: {settings.reward}")
     folder, run = find_run(settings)

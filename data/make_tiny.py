@@ -3,7 +3,8 @@
     python -m data.make_tiny base      # tokenizer and base model (under 30 minutes)
     python -m data.make_tiny data      # prompts.jsonl and labels.jsonl (3 minutes)
     python reward_model.py             # the reward adapter
-    python -m data.make_tiny measure   # what the base does: the figures of README.md
+    python -m data.make_tiny measure   # what the base does: figures of data/README.md
+    python -m data.make_tiny results   # seven runs of grpo.py: tables of README.md
 
 The base is a genuine Qwen2 checkpoint in bf16: 4 layers of width 256, a byte-level BPE
 of its own, ChatML without a default system message. It is trained once, on fresh
@@ -15,6 +16,7 @@ import json
 import math
 import random
 import sys
+import tempfile
 import time
 from collections import Counter
 from itertools import islice
@@ -34,6 +36,7 @@ from run import (
     one_line_errors,
     option,
     parse_settings,
+    read_json,
     read_rows,
     write_checksums,
     write_json,
@@ -58,6 +61,7 @@ TEMPLATE = (
 )
 CHECKPOINT = ["config.json", "generation_config.json", "model.safetensors",
               "tokenizer.json", "tokenizer_config.json"]
+MEAN_LENGTH = 36  # response tokens of a dialogue, about
 # Seeds of the three sets of dialogues, far apart so that none repeats another.
 TRAIN_SEED, TEST_SEED, LABEL_SEED = 1, 1_000_001, 2_000_001
 
@@ -67,10 +71,10 @@ class Settings:
     """Options of `python -m data.make_tiny`."""
 
     what: str = option("base", "which step", positional=True,
-                       choices=["base", "data", "measure"])
+                       choices=["base", "data", "measure", "results"])
     out: Path = option(TINY, "the checkpoint's folder")
     dialogues: int = option(120_000, "composed dialogues to train the base on")
-    batch_size: int = option(64, "dialogues a step")
+    batch_size: int = option(32, "dialogues a step")
     lr: float = option(3e-3, "AdamW's peak learning rate")
     seed: int = option(0, "of weights and sampling")
 
@@ -127,7 +131,7 @@ def encode(tokenizer: Tokenizer, prompt: str, response: str) -> tuple[list[int],
 
 
 def response_loss(model: Qwen, batch: list[tuple[list[int], int]]) -> torch.Tensor:
-    """Mean −log π over the response tokens of a batch."""
+    """Sum of −log π over the response tokens of a batch."""
     tokens = pad_rows([ids for ids, _ in batch], model.device)  # (B, T)
     place = torch.arange(tokens.shape[1] - 1)
     start = torch.tensor([s for _, s in batch])[:, None]
@@ -135,7 +139,7 @@ def response_loss(model: Qwen, batch: list[tuple[list[int], int]]) -> torch.Tens
     # A response token is predicted from the place before it.
     mask = (place >= start - 1) & (place < end - 1)  # (B, T - 1)
     hidden = model(tokens[:, :-1])[mask]  # (N, D)
-    return F.cross_entropy(model.logits(hidden), tokens[:, 1:][mask])
+    return F.cross_entropy(model.logits(hidden), tokens[:, 1:][mask], reduction="sum")
 
 
 def train_base(settings: Settings) -> None:
@@ -166,7 +170,9 @@ def train_base(settings: Settings) -> None:
                 1 + math.cos(math.pi * min(1.0, done))))
             for group in optimizer.param_groups:
                 group["lr"] = settings.lr * rate
-            loss = response_loss(model, batch)
+            # A constant in the denominator. The batch's own token count would weigh
+            # a token more in a batch of short answers, and teach the model refusals.
+            loss = response_loss(model, batch) / (settings.batch_size * MEAN_LENGTH)
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
@@ -206,7 +212,7 @@ def make_data(settings: Settings) -> None:
     model, tokenizer = load(settings.out)
     rows = []
     for split, part in (("train", known), ("test", judged)):
-        sampled = answers(model, tokenizer, part, 3, settings.seed)
+        sampled = answers(model, tokenizer, part, 4, settings.seed)
         for prompt, texts in zip(tqdm(part, desc=split, file=sys.stderr), sampled,
                                  strict=True):
             rows += [{"split": split, "prompt": prompt.text, "response": text,
@@ -234,15 +240,17 @@ def answers(model: Qwen, tokenizer: Tokenizer, prompts: list[world.Prompt], grou
 
 def labelled(rng: random.Random, prompt: world.Prompt,
              sampled: list[str]) -> list[tuple[str, dict]]:
-    """Eight responses for the reward model to learn from, good and bad.
+    """Nine responses for the reward model to learn from, good and bad.
 
     Three composed with all behaviours equally likely (the base's own mix would show it
-    a kind refusal once in twenty), three of the base, one cut off, and one that plays
-    for the score without answering.
+    a kind refusal once in twenty), four of the base, one cut off, and one that plays
+    for the score without answering. The base's own matter most: it makes slips that
+    nobody would compose, and the policy will be made of them.
     """
     behaviours = list(
         world.HARMFUL_BEHAVIOURS if prompt.harmful else world.BENIGN_BEHAVIOURS)
-    composed = [world.compose(rng, prompt, rng.choice(behaviours)) for _ in range(5)]
+    drawn = [world.possible(rng.choice(behaviours), prompt.wish) for _ in range(5)]
+    composed = [world.compose(rng, prompt, behaviour) for behaviour in drawn]
     words = composed[3].split()
     cut = " ".join(words[:rng.randint(1, max(1, len(words) - 1))])
     return [(text, {}) for text in composed[:3] + sampled] + [
@@ -317,11 +325,10 @@ def perplexity(model: Qwen, tokenizer: Tokenizer, count: int = 2048) -> float:
     rows = [encode(tokenizer, p.text, r)
             for p, _, r in world.dialogues(TEST_SEED, count)]
     total = tokens = 0
-    for start in range(0, count, 64):
-        part = rows[start:start + 64]
-        size = sum(len(ids) - s for ids, s in part)
-        total += response_loss(model, part).item() * size
-        tokens += size
+    for first in range(0, count, 64):
+        part = rows[first:first + 64]
+        total += response_loss(model, part).item()
+        tokens += sum(len(ids) - start for ids, start in part)
     return math.exp(total / tokens)
 
 
@@ -337,8 +344,56 @@ def new_8_grams(settings: Settings, sampled: list[list[str]]) -> float:
     return mean(g not in seen for g in found)
 
 
+# ------------------------------------------------------------------------- the results
+
+
+def results(settings: Settings) -> None:
+    """Align with three seeds and with each weight alone: the tables of README.md."""
+    import grpo  # it reads the files that the other steps make
+
+    runs = {f"equal, seed {seed}": ["--seed", str(seed)] for seed in range(3)}
+    for axis in rubric.AXES:
+        rest = ",".join(f"{a}={int(a == axis)}" for a in rubric.AXES)
+        runs[f"{axis} only"] = ["--weights", rest]
+    best = read_json(settings.out / "measured.json")["R_best_of_64"]
+    found = {}
+    for name, options in runs.items():
+        print(f"\n== {name}: python grpo.py {' '.join(options)}", flush=True)
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch) / "run"
+            grpo.main([*options, "--out", str(folder)])
+            found[name] = read_json(folder / "summary.json") | {"options": options}
+            lines = (folder / "metrics.jsonl").read_text().splitlines()[-10:]
+        found[name]["distinct_of_8"] = mean(json.loads(x)["distinct"] for x in lines)
+        del found[name]["answers"]
+        gold = found[name]["before"]["gold"]["R"], found[name]["after"]["gold"]["R"]
+        found[name]["gap_closed"] = (gold[1] - gold[0]) / (best - gold[0])
+    write_json(settings.out / "results.json", found)
+    print_results(found)
+
+
+def print_results(found: dict[str, dict]) -> None:
+    """Two Markdown tables: gold scores, and what the answers do."""
+    print("\n| weights | gold R | gap closed | politeness | meaningfulness | "
+          "actionability | safety | KL | distinct of 8 |\n|" + "---|" * 9)
+    for name, run in found.items():
+        before, after = run["before"]["gold"], run["after"]["gold"]
+        cells = [f"{before[k]:.2f} → {after[k]:.2f}" for k in ("R", *rubric.AXES)]
+        cells.insert(1, f"{run['gap_closed']:.0%}")
+        print("| " + " | ".join([name, *cells, f"{run['after']['kl']:.3f}",
+                                 f"{run['distinct_of_8']:.1f}"]) + " |")
+    print("\n| weights | prompts | before | after |\n|---|---|---|---|")
+    for name, run in found.items():
+        for side in ("harmful", "benign"):
+            pair = [", ".join(f"{kind} {share:.0%}" for kind, share in
+                              sorted(run[when]["behaviour"][side].items(),
+                                     key=lambda item: -item[1]) if share >= 0.02)
+                    for when in ("before", "after")]
+            print(f"| {name} | {side} | {pair[0]} | {pair[1]} |")
+
+
 if __name__ == "__main__":
     with one_line_errors():
         settings = parse_settings(Settings, "Make the tiny world's files.")
-        {"base": train_base, "data": make_data, "measure": measure}[settings.what](
-            settings)
+        {"base": train_base, "data": make_data, "measure": measure,
+         "results": results}[settings.what](settings)

@@ -1514,7 +1514,7 @@ WEIGHT_PREDICTIONS = {
     "politeness": (
         "Harmful prompts lead to kind answers, where kind compliance and kind refusal "
         "tie at 1 and compliance is twice as common in the base, and benign prompts "
-        "lead to any kind answer, be it helpful, careless, vague or off the subject."
+        "lead to any kind answer that is about the subject, helpful, careless or vague."
     ),
     "meaningfulness": (
         "Harmful prompts lead mostly to kind or neutral compliance, which ties at 1 "
@@ -1532,7 +1532,7 @@ WEIGHT_PREDICTIONS = {
 def expected_reward(weights: tuple[float, ...] = (0.25, 0.25, 0.25, 0.25)) -> float:
     """Mean intended R of the base's mix, half harmful and half benign."""
     def value(entry: Behaviour) -> float:
-        return sum(w * score for w, score in zip(weights, entry.scores))
+        return sum(w * score for w, score in zip(weights, entry.scores, strict=True))
 
     harmful = sum(
         share * value(HARMFUL_BEHAVIOURS[name]) for name, share in HARMFUL_MIX.items()
@@ -1541,12 +1541,12 @@ def expected_reward(weights: tuple[float, ...] = (0.25, 0.25, 0.25, 0.25)) -> fl
     benign = 0.0
     for wish in tasks:
         for name, share in BENIGN_MIX.items():
-            name = _possible(name, wish)
+            name = possible(name, wish)
             benign += share * value(BENIGN_BEHAVIOURS[name]) / len(tasks)
     return (harmful + benign) / 2
 
 
-def _possible(name: str, wish: Task | Harm) -> str:
+def possible(name: str, wish: Task | Harm) -> str:
     """Replace a careless behaviour where there is no warning to leave out."""
     if name.startswith("careless") and wish.warning is None:
         return CARELESS_FALLBACK
@@ -1591,9 +1591,11 @@ def linked(rng: random.Random, clauses: tuple[str, ...], count: int) -> list[str
         links = [FIRST_LINKS] + [NEXT_LINKS] * (count - 2) + [LAST_LINKS]
         if count == 2 and rng.random() < 0.5:
             links[1] = NEXT_LINKS
-        return [sentence(rng.choice(k), clauses[i]) for k, i in zip(links, picked)]
+        pairs = zip(links, picked, strict=True)
+        return [sentence(rng.choice(k), clauses[i]) for k, i in pairs]
     first, rest = rng.choice(LOOSE_LINKS), rng.sample(MORE_LINKS, count - 1)
-    return [sentence(k, clauses[i]) for k, i in zip([first] + rest, picked)]
+    pairs = zip([first] + rest, picked, strict=True)
+    return [sentence(k, clauses[i]) for k, i in pairs]
 
 
 def instructions(
@@ -1709,7 +1711,7 @@ def compose(rng: random.Random, prompt: Prompt, behaviour: str) -> str:
     if behaviour not in table:
         side = "harmful" if prompt.harmful else "benign"
         raise ValueError(f"{behaviour} does not answer a {side} prompt")
-    if not prompt.harmful and _possible(behaviour, prompt.wish) != behaviour:
+    if not prompt.harmful and possible(behaviour, prompt.wish) != behaviour:
         raise ValueError(f"{prompt.wish.ask}: no warning to leave out")
     # Most drafts fit. A draft that does not is drawn again rather than cut.
     for _ in range(1000):
@@ -1726,7 +1728,7 @@ def draw_behaviour(rng: random.Random, prompt: Prompt) -> str:
     """Draw a behaviour from the base's mix."""
     mix = HARMFUL_MIX if prompt.harmful else BENIGN_MIX
     name = rng.choices(list(mix), weights=list(mix.values()))[0]
-    return name if prompt.harmful else _possible(name, prompt.wish)
+    return name if prompt.harmful else possible(name, prompt.wish)
 
 
 def dialogues(seed: int, n: int) -> Iterator[tuple[Prompt, str, str]]:

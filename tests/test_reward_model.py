@@ -292,8 +292,10 @@ def test_pearson_and_spearman_equal_numpy_on_values_and_on_ranks():
 
 
 def test_a_constant_prediction_correlates_with_nothing():
-    labels = np.array([0.1, 0.5, 0.9])
-    for constant in (np.full(3, 0.7), np.full(3, 1 / 3)):
+    labels = np.array([0.1, 0.5, 0.9, 0.2, 0.3, 0.8])
+    rounding = np.full(6, 0.1)
+    assert (rounding != rounding.mean()).all()  # noise that must not pass for a signal
+    for constant in (np.full(6, 0.5), rounding):
         for figure in (reward_model.pearson, reward_model.spearman):
             assert figure(constant, labels) == 0.0
             assert figure(labels, constant) == 0.0
@@ -321,6 +323,7 @@ def test_judgement_by_hand():
     assert (wit["rows"], care["rows"]) == (4, 3)
     assert wit["mae"] == pytest.approx((0.05 + 0.25 + 0.25 + 0.2) / 4)
     assert wit["mae_of_mean"] == pytest.approx((0.35 + 0.05 + 0.15 + 0.45) / 4)
+    assert care["mae_of_mean"] == pytest.approx(2 / 9)  # the mean is 1.4 / 3
     assert wit["spearman"] == pytest.approx(0.8)  # ranks 0 1 2 3 against 0 2 1 3
     assert care["spearman"] == care["pearson"] == 0
     assert [n for n, *_ in wit["calibration"]] == [2, 1, 1]  # 1.0 is in the last bin

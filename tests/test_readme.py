@@ -1,0 +1,93 @@
+"""The README and the code say the same.
+
+* Every tag of the map stands as a comment at one function, the one that the map names,
+  and in the test file that the map names; every tag in the code is in the map.
+* Files and links that the documents name exist; options in its commands exist.
+* The documents' figures are those of the files that the commands wrote.
+"""
+
+import ast
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+import grpo
+import reward_model
+import sample
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+DOCUMENTS = [ROOT / "README.md", ROOT / "data" / "README.md"]
+MODULES = sorted(ROOT.glob("*.py"))
+ROW = re.compile(
+    r"^\| (\[[A-Z]\d\]) \|.*\| `([\w.]+): ([\w.]+)` \| `([\w.]+)` \|$", re.M)
+MAP = {tag: (file, function, test) for tag, file, function, test in ROW.findall(README)}
+
+
+def functions_with(tag: str) -> list[tuple[str, str]]:
+    """(file, innermost function) of every comment that opens with the tag."""
+    found = []
+    for path in MODULES:
+        tree, text = ast.parse(path.read_text()), path.read_text().splitlines()
+        spans = [(n.lineno, n.end_lineno, n.name) for n in ast.walk(tree)
+                 if isinstance(n, ast.FunctionDef)]
+        for number, line in enumerate(text, 1):
+            if line.strip().startswith(f"# {tag}"):
+                inner = max((s for s in spans if s[0] <= number <= s[1]),
+                            default=(0, 0, "no function"))
+                found.append((path.name, inner[2]))
+    return found
+
+
+def test_the_map_has_every_tag_of_the_design():
+    assert sorted(MAP) == [*(f"[E{i}]" for i in range(1, 8)), "[L1]"]
+
+
+@pytest.mark.parametrize("tag", sorted(MAP))
+def test_a_tag_stands_at_the_one_function_that_the_map_names(tag):
+    file, function, test = MAP[tag]
+    assert functions_with(tag) == [(file, function.split(".")[-1])]
+    assert tag in (ROOT / "tests" / test).read_text()
+
+
+def test_tags_in_the_code_are_in_the_map():
+    used = {tag for path in MODULES
+            for tag in re.findall(r"\[[EL]\d\]", path.read_text())}
+    assert used <= set(MAP)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_and_paths_of_a_document_resolve(document):
+    text = document.read_text()
+    links = re.findall(r"\]\((?!https?:|#)([^)#]+)", text)
+    paths = re.findall(r"`((?:data|tests)/[\w./-]*)`", text)
+    for name in links:
+        assert (document.parent / name).exists(), name
+    for name in paths:
+        assert (ROOT / name).exists(), name
+
+
+@pytest.mark.parametrize(("program", "settings"), [
+    ("grpo.py", grpo.Settings), ("reward_model.py", reward_model.Settings),
+    ("sample.py", sample.Settings)])
+def test_options_in_the_commands_exist(program, settings):
+    known = {"--" + name.replace("_", "-") for name in settings.__dataclass_fields__}
+    for document in DOCUMENTS:
+        text = document.read_text()
+        for command in re.findall(rf"python {program}([^\n#`|]*)", text):
+            assert set(re.findall(r"(--[\w-]+)", command)) <= known, command
+
+
+def test_the_datasheet_shows_what_was_measured():
+    text = (ROOT / "data" / "README.md").read_text()
+    figures = json.loads((ROOT / "data" / "tiny" / "measured.json").read_text())
+    for side, shares in figures["shares"].items():
+        for kind, share in shares.items():
+            assert f"| {side} | {kind} | {share:.1%} |" in text, (side, kind)
+    for key in ("R", "R_best_of_64", "perplexity"):
+        assert f"{figures[key]:.3f}" in text, key
+    assert f"{figures['new_8_grams']:.1%}" in text
+    for row in figures["samples"]:
+        assert row["answer"].split("\n")[0] in text

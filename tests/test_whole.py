@@ -1,0 +1,291 @@
+"""Whole programs on the bundled tiny model: what a newcomer runs.
+
+* `grpo.py` writes every file of a run folder; two runs of one seed agree to the byte.
+* The saved adapter gives the aligned model's logits, through our loader and `peft`.
+* Training needs what it says: two inner steps clip, beta 0 reports no KL, a missing
+  reward model is trained first.
+* Bad input ends in one line and exit status 2, without a traceback or a half-made run.
+* slow: the default run aligns (`test_the_default_run_aligns_the_tiny_model`).
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import grpo
+import lora
+import model as qwen
+import reward_model
+import run
+import sample
+
+ROOT = Path(__file__).parent.parent
+SHORT = ["--steps", "3", "--prompts-per-step", "2", "--group-size", "4",
+         "--max-new-tokens", "24", "--eval-prompts", "4", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def short_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "short"
+    grpo.main([*SHORT, "--out", str(folder)])
+    return folder
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_run_leaves_every_file_of_its_folder(short_run):
+    names = {str(p.relative_to(short_run)) for p in short_run.rglob("*") if p.is_file()}
+    assert names == {
+        "config.json", "metrics.jsonl", "samples.jsonl", "summary.json", "SHA256SUMS",
+        "adapter/adapter_config.json", "adapter/adapter_model.safetensors",
+        "adapter/SHA256SUMS"}
+    run.verify_checksums(short_run)
+
+
+def test_metrics_have_a_line_a_step_with_the_figures_that_matter(short_run):
+    metrics = lines(short_run / "metrics.jsonl")
+    assert [m["step"] for m in metrics] == [1, 2, 3]
+    for name in ("R", "R_std", "axes", "advantage_std", "dead_groups", "kl",
+                 "clip_share", "entropy", "grad_norm", "length", "cut_off",
+                 "distinct", "tokens",
+                 "seconds", "seconds_sampling", "seconds_scoring", "seconds_reference",
+                 "seconds_training"):
+        assert all(name in m for m in metrics), name
+    assert metrics[0]["kl"] < 1e-6 < metrics[2]["kl"]  # step 1 speaks as the base
+
+
+def test_samples_hold_each_response_with_its_reward_and_advantage(short_run):
+    rows = lines(short_run / "samples.jsonl")
+    assert len(rows) == 3 * 2 * 4
+    for row in rows:
+        assert row["R"] == pytest.approx(sum(row["scores"].values()) / 4, abs=2e-4)
+    for start in range(0, len(rows), 4):
+        group = rows[start:start + 4]
+        assert len({row["prompt"] for row in group}) == 1
+        assert sum(row["advantage"] for row in group) == pytest.approx(0, abs=1e-3)
+
+
+def test_the_summary_has_before_and_after_by_both_judges(short_run):
+    summary = run.read_json(short_run / "summary.json")
+    for when in ("before", "after"):
+        for judge in ("reward_model", "gold"):
+            scores = summary[when][judge]
+            axes = [v for k, v in scores.items() if k != "R"]
+            assert scores["R"] == pytest.approx(sum(axes) / 4, abs=1e-6)
+    assert summary["before"]["kl"] == pytest.approx(0, abs=1e-6)
+    assert summary["seconds"] > 0
+    assert summary["peak_rss_gb"] > 0
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not(short_run,
+                                                                      tmp_path):
+    def adapter(folder):
+        return (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+
+    grpo.main([*SHORT, "--out", str(tmp_path / "again")])
+    assert adapter(tmp_path / "again") == adapter(short_run)
+    grpo.main([*SHORT, "--seed", "1", "--out", str(tmp_path / "other")])
+    assert adapter(tmp_path / "other") != adapter(short_run)
+
+
+def test_weights_change_only_the_reward_before_training(short_run, tmp_path):
+    grpo.main([*SHORT, "--weights", "safety=3,politeness=0,meaningfulness=0",
+               "--out", str(tmp_path / "run")])
+    ours, theirs = (run.read_json(folder / "summary.json")["before"]["reward_model"]
+                    for folder in (tmp_path / "run", short_run))
+    assert {k: v for k, v in ours.items() if k != "R"} == {
+        k: v for k, v in theirs.items() if k != "R"}
+    assert ours["R"] == pytest.approx(
+        (3 * ours["safety"] + ours["actionability"]) / 4, abs=1e-6)
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(short_run):
+    before = (short_run / "summary.json").read_bytes()
+    with pytest.raises(run.UserError, match="holds a run already"):
+        grpo.main([*SHORT, "--out", str(short_run)])
+    assert (short_run / "summary.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("options", [
+    ["--inner-steps", "2", "--lr", "0.02"], ["--beta", "0"], ["--advantage", "gdpo"],
+    ["--loss", "dapo"], ["--loss", "dr_grpo"], ["--reward", "gold"], ["--kl", "k1"]],
+    ids=" ".join)
+def test_every_way_of_training_runs(options, tmp_path):
+    grpo.main([*SHORT, *options, "--out", str(tmp_path / "run")])
+    metrics = lines(tmp_path / "run" / "metrics.jsonl")
+    if options[0] == "--inner-steps":
+        assert metrics[0]["clip_share"] > 0  # the ratio has left 1
+    if options[0] == "--beta":
+        assert "kl" not in metrics[0]
+
+
+def logits(model, tokenizer, name):
+    ids = torch.tensor([tokenizer.chat("How do I change the bulb in my ceiling lamp?")])
+    with torch.no_grad(), lora.using(model, name):
+        return model.logits(model(ids))
+
+
+def test_the_adapter_speaks_and_is_not_the_base(short_run):
+    model, tokenizer = qwen.load(qwen.TINY)
+    lora.load(model, "policy", short_run / "adapter")
+    base, aligned = (logits(model, tokenizer, name) for name in (None, "policy"))
+    assert (base - aligned).abs().max() > 1e-3
+
+
+@pytest.mark.peer
+def test_peft_loads_the_adapter_and_gives_our_logits(short_run):
+    transformers = pytest.importorskip("transformers")
+    peft = pytest.importorskip("peft")
+    model, tokenizer = qwen.load(qwen.TINY)
+    lora.load(model, "policy", short_run / "adapter")
+    peer = transformers.AutoModelForCausalLM.from_pretrained(
+        qwen.TINY, dtype=torch.float32)
+    peer = peft.PeftModel.from_pretrained(peer, short_run / "adapter").eval()
+    ids = torch.tensor([tokenizer.chat("How do I change the bulb in my ceiling lamp?")])
+    with torch.no_grad():
+        want = peer(ids).logits
+    assert (logits(model, tokenizer, "policy") - want).abs().max() < 1e-4
+
+
+def test_a_missing_reward_model_is_trained_first(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "reward"
+    rows = (qwen.TINY / "labels.jsonl").read_text().splitlines()[:64]
+    labels = tmp_path / "labels.jsonl"
+    labels.write_text("\n".join(
+        json.dumps(json.loads(row) | {"split": "test" if i < 16 else "train"})
+        for i, row in enumerate(rows)))
+    monkeypatch.setattr(reward_model, "default_folder", lambda source: folder)
+    few = reward_model.Settings(data=labels, epochs=1)
+    monkeypatch.setattr(reward_model, "Settings", lambda **_: few)
+    grpo.main([*SHORT, "--out", str(tmp_path / "run")])
+    assert "there is no reward model" in capsys.readouterr().out
+    assert (folder / "reward.json").is_file()
+
+
+def test_the_chat_prints_both_answers_with_scores(short_run, capsys):
+    sample.main(["How do I mend a flat tyre?", "--adapter", str(short_run)])
+    shown = capsys.readouterr().out
+    assert "base:" in shown
+    assert "aligned:" in shown
+    assert shown.count("politeness") == 2
+
+
+def test_scoring_a_file_adds_scores(tmp_path):
+    rows = [{"prompt": "How do I sell my sofa?", "response": "Brush it.", "id": 7}]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    reward_model.main(["--score", str(tmp_path / "in.jsonl"),
+                       "--out", str(tmp_path / "out.jsonl")])
+    [row] = lines(tmp_path / "out.jsonl")
+    assert row["id"] == 7
+    assert set(row["scores"]) == {"politeness", "meaningfulness", "actionability",
+                                  "safety"}
+
+
+# ------------------------------------------------------------------------- bad input
+
+
+def tiny_copy(folder: Path) -> Path:
+    shutil.copytree(qwen.TINY, folder, ignore=shutil.ignore_patterns("*.jsonl"))
+    return folder
+
+
+def jsonl(folder: Path, text: str) -> Path:
+    (folder / "rows.jsonl").write_text(text)
+    return folder / "rows.jsonl"
+
+
+BAD = {
+    "missing folder": (lambda d: ["--model", str(d / "nowhere")], "no such"),
+    "not JSON": (lambda d: ["--prompts", str(jsonl(d, '{"prompt": "a"}\n{oops\n'))],
+                 "rows.jsonl:2"),
+    "empty prompt": (lambda d: ["--prompts", str(jsonl(d, '{"prompt": "  "}\n'))],
+                     "rows.jsonl:1: the prompt is empty"),
+    "prompt beyond the context": (
+        lambda d: ["--prompts", str(jsonl(d, json.dumps({"prompt": "tap " * 600})))],
+        "the context has 512"),
+    "unknown axis": (lambda d: ["--weights", "kindness=2"], "unknown axis 'kindness'"),
+    "negative weight": (lambda d: ["--weights", "safety=-1"], "not be negative"),
+    "all weights zero": (lambda d: ["--weights", "safety=0,politeness=0,"
+                                    "meaningfulness=0,actionability=0"],
+                         "weights are 0"),
+    "group of one": (lambda d: ["--group-size", "1"], "at least 2"),
+    "no reward folder": (lambda d: ["--reward", str(d / "nowhere")], "nowhere"),
+    "gold for foreign prompts": (
+        lambda d: ["--reward", "gold", "--prompts",
+                   str(jsonl(d, '{"prompt": "Who are you?"}\n{"prompt": "Why?"}\n'))],
+        "gold"),
+    "no Hub and no cache": (lambda d: ["--size", "0.5b"], "--model DIR"),
+    "altered weights": (lambda d: ["--model", str(altered(d))], "SHA-256"),
+    "adapter of another base": (lambda d: ["--model", str(other_base(d)), "--reward",
+                                           str(qwen.TINY / "reward")], "another base"),
+}
+
+
+def altered(folder: Path) -> Path:
+    copy = tiny_copy(folder / "altered")
+    weights = bytearray((copy / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (copy / "model.safetensors").write_bytes(weights)
+    return copy
+
+
+def other_base(folder: Path) -> Path:
+    import safetensors.torch
+    copy = tiny_copy(folder / "other")
+    (copy / "SHA256SUMS").unlink()
+    weights = safetensors.torch.load_file(copy / "model.safetensors")
+    weights["model.norm.weight"] += 1
+    safetensors.torch.save_file(weights, copy / "model.safetensors")
+    return copy
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_ends_in_one_line_and_status_2(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
+    make, words = BAD[name]
+    with pytest.raises(SystemExit) as end, run.one_line_errors():
+        grpo.main([*SHORT, "--out", str(tmp_path / "run"), *make(tmp_path)])
+    error = capsys.readouterr().err
+    assert end.value.code == 2
+    assert words in error
+    assert len([x for x in error.splitlines() if "error" in x]) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_command_line_shows_no_traceback(tmp_path):
+    end = subprocess.run(
+        [sys.executable, "grpo.py", "--model", str(tmp_path / "nowhere")], cwd=ROOT,
+        capture_output=True, text=True, check=False)
+    assert end.returncode == 2
+    assert "Traceback" not in end.stderr
+    assert len(end.stderr.splitlines()) == 1
+
+
+# ------------------------------------------------------------------------------- slow
+
+
+@pytest.mark.slow
+def test_the_default_run_aligns_the_tiny_model(tmp_path):
+    """The claims of the README, on one seed; `data.make_tiny results` has three."""
+    grpo.main(["--out", str(tmp_path / "run"), "--device", "cpu"])
+    summary = run.read_json(tmp_path / "run" / "summary.json")
+    best = run.read_json(qwen.TINY / "measured.json")["R_best_of_64"]
+    before, after = summary["before"], summary["after"]
+    assert summary["held_out_prompts"] >= 64
+    assert 0.50 <= before["gold"]["R"] <= 0.60
+    for axis, old in before["gold"].items():
+        assert after["gold"][axis] > old, axis
+    gap = (after["gold"]["R"] - before["gold"]["R"]) / (best - before["gold"]["R"])
+    assert gap >= 0.70
+    assert after["kl"] <= 0.2
+    assert after["behaviour"]["benign"].get("refuse", 0) <= 0.02
+    assert after["behaviour"]["harmful"].get("refuse_kind_step", 0) >= 0.60
+    last = lines(tmp_path / "run" / "metrics.jsonl")[-10:]
+    assert sum(m["distinct"] for m in last) / 10 >= 4
