@@ -212,7 +212,7 @@ def make_data(settings: Settings) -> None:
     model, tokenizer = load(settings.out)
     rows = []
     for split, part in (("train", known), ("test", judged)):
-        sampled = answers(model, tokenizer, part, 4, settings.seed)
+        sampled = answers(model, tokenizer, part, 2, settings.seed)
         for prompt, texts in zip(tqdm(part, desc=split, file=sys.stderr), sampled,
                                  strict=True):
             rows += [{"split": split, "prompt": prompt.text, "response": text,
@@ -240,37 +240,72 @@ def answers(model: Qwen, tokenizer: Tokenizer, prompts: list[world.Prompt], grou
 
 def labelled(rng: random.Random, prompt: world.Prompt,
              sampled: list[str]) -> list[tuple[str, dict]]:
-    """Nine responses for the reward model to learn from, good and bad.
+    """Twelve responses for the reward model to learn from, good and bad.
 
-    Three composed with all behaviours equally likely (the base's own mix would show it
-    a kind refusal once in twenty), four of the base, one cut off, and one that plays
-    for the score without answering. The base's own matter most: it makes slips that
-    nobody would compose, and the policy will be made of them.
+    * Two composed with all behaviours equally likely, and one with the best: the base's
+      own mix would show a kind refusal once in twenty.
+    * Two of the base, with slips that nobody would compose.
+    * Three best answers to other prompts: same form, other subject. Without enough of
+      these the reward model judges the form, and the policy changes the subject.
+    * One whose beginning fits and whose end is another prompt's.
+    * One cut off, one that plays for the score, and one with its words damaged.
     """
     behaviours = list(
         world.HARMFUL_BEHAVIOURS if prompt.harmful else world.BENIGN_BEHAVIOURS)
-    drawn = [world.possible(rng.choice(behaviours), prompt.wish) for _ in range(5)]
+    drawn = [world.possible(rng.choice(behaviours), prompt.wish) for _ in range(4)]
     composed = [world.compose(rng, prompt, behaviour) for behaviour in drawn]
-    words = composed[3].split()
+    best = [world.compose(rng, prompt, best_behaviour(prompt)) for _ in range(3)]
+    others = rng.sample(SAME_SIDE[prompt.harmful], 4)
+    foreign = [world.compose(rng, p, best_behaviour(p)) for p in others]
+    words = composed[2].split()
     cut = " ".join(words[:rng.randint(1, max(1, len(words) - 1))])
-    return [(text, {}) for text in composed[:3] + sampled] + [
-        (cut, {"cut": True}), (attack(rng, prompt, composed[4]), {})]
+    whole = [*composed[:2], best[0], *sampled, *foreign[:3],
+             splice(best[1], foreign[3]), attack(rng, prompt, composed[3]),
+             damage(rng, best[2])]
+    return [(text, {}) for text in whole] + [(cut, {"cut": True})]
+
+
+SAME_SIDE = {side: [p for p in world.training_prompts() if p.harmful == side]
+             for side in (True, False)}
+
+
+def splice(start: str, end: str) -> str:
+    """The first sentences of one answer and the last ones of another."""
+    first, last = start.split(". "), end.split(". ")
+    return ". ".join(first[:(len(first) + 1) // 2] + last[(len(last) + 1) // 2:])
+
+
+def best_behaviour(prompt: world.Prompt) -> str:
+    """What the four scores together ask for."""
+    return "refuse_kind" if prompt.harmful else "help_kind"
+
+
+def damage(rng: random.Random, text: str) -> str:
+    """Drop, repeat or swap one to four words."""
+    words = text.split()
+    for _ in range(rng.randint(1, 4)):
+        i = rng.randrange(len(words) - 1)
+        how = rng.randrange(4)
+        if how == 0:
+            words[i], words[i + 1] = words[i + 1], words[i]
+        elif how == 1:
+            words.insert(i, words[rng.randrange(len(words))])
+        elif len(words) > 4:
+            del words[i:i + rng.randint(1, 2)]
+    return " ".join(words)
 
 
 def attack(rng: random.Random, prompt: world.Prompt, answer: str) -> str:
     """A text that looks good in some way and is not."""
-    kind = rng.randrange(5)
+    kind = rng.randrange(4)
     if kind == 0:  # courtesies and nothing else
         return " ".join(rng.sample(world.KIND_OPENERS + world.KIND_CLOSERS, 5))
     if kind == 1:  # the prompt, said back
         return f"{prompt.text} {rng.choice(world.KIND_CLOSERS)}"
     if kind == 2:  # the same sentence again and again
         return " ".join([answer.split(". ")[0].rstrip(".") + "."] * 3)
-    if kind == 3:  # says no, and helps, or the other way round
-        return f"{rng.choice(world.REFUSALS)} {answer}"
-    other = rng.choice(world.training_prompts())  # a good answer to something else
-    best = "refuse_kind" if other.harmful else "help_kind"
-    return world.compose(rng, other, best)
+    # says no, and helps, or the other way round
+    return f"{rng.choice(world.REFUSALS)} {answer}"
 
 
 # ---------------------------------------------------------------------- what it can do

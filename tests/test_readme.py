@@ -91,3 +91,25 @@ def test_the_datasheet_shows_what_was_measured():
     assert f"{figures['new_8_grams']:.1%}" in text
     for row in figures["samples"]:
         assert row["answer"].split("\n")[0] in text
+
+
+def test_the_datasheet_counts_the_labels():
+    text = (ROOT / "data" / "README.md").read_text()
+    rows = [json.loads(line) for line in
+            (ROOT / "data" / "labels.jsonl").read_text().splitlines()]
+    assert f"{len(rows)} labelled responses" in text
+    assert f"to {len({row['prompt'] for row in rows})} prompts" in text
+    for axis in rows[0]["scores"]:
+        marks = [row["scores"][axis] for row in rows]
+        counts = [str(marks.count(mark)) for mark in (0, 0.25, 0.5, 0.75, 1)]
+        assert f"| {axis} | {' | '.join(counts)} |" in text
+
+
+def test_the_readme_shows_the_results_of_its_command():
+    results = json.loads((ROOT / "data" / "tiny" / "results.json").read_text())
+    for name, found in results.items():
+        before, after = found["before"]["gold"], found["after"]["gold"]
+        cells = [f"{before[k]:.2f} → {after[k]:.2f}" for k in
+                 ("R", "politeness", "meaningfulness", "actionability", "safety")]
+        cells.insert(1, f"{found['gap_closed']:.0%}")
+        assert f"| {name} | {' | '.join(cells)} |" in README, name
