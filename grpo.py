@@ -17,6 +17,9 @@ Dropped  Nothing of the objective. There is no distributed or mixed-precision ma
     python grpo.py --weights safety=2,politeness=0  # what do you want it to become?
     python grpo.py --model DIR                      # a real Qwen2, Qwen2.5 or Qwen3
 
+We had the paper's abstract and summaries, not its full text: "kept" means what these
+say, and the tags [E1] to [E7] and [L1] are ours.
+
 Shapes: P prompts a step, G responses a prompt, B = P·G rows, C response tokens, K axes,
 D width; row b = p·G + g.
 """
@@ -37,7 +40,17 @@ from tqdm import tqdm
 import lora
 import reward_model
 from logprob import token_statistics
-from model import SIZES, TINY, Qwen, Tokenizer, base_name, is_tiny, load, pad_rows
+from model import (
+    SIZES,
+    TINY,
+    Qwen,
+    Tokenizer,
+    base_name,
+    is_tiny,
+    load,
+    pad_rows,
+    pick_device,
+)
 from run import (
     UserError,
     format_seconds,
@@ -57,7 +70,8 @@ from sample import Rollout, draw_uniforms, rollout
 
 
 def combine(scores: Tensor, weights: Tensor) -> Tensor:
-    """[E2] R = Σ_k w_k s_k / Σ_k w_k: scores (..., K), weights (K,) → R (...)."""
+    """Scores (..., K) and weights (K,) to one reward R (...)."""
+    # [E2] R = Σ_k w_k s_k / Σ_k w_k
     return scores @ (weights / weights.sum())
 
 
@@ -256,7 +270,7 @@ def resolve(settings: Settings) -> Settings:
         require(settings.advantage != "gdpo", "--loss dr_grpo divides by no spread; "
                 "it does not go with --advantage gdpo")
         changes["advantage"] = "mean-only"
-    device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = pick_device(settings.device)
     settings = dataclasses.replace(settings, model=source, device=device, **changes)
     require(settings.group_size >= 2, f"--group-size is {settings.group_size}; a group "
             "needs at least 2 responses, or there is nothing to compare with")
@@ -268,8 +282,6 @@ def resolve(settings: Settings) -> Settings:
         require(0 <= getattr(settings, name) < math.inf,
                 f"--{name.replace('_', '-')} must not be negative")
     require(0 < settings.clip < 1, "--clip must lie between 0 and 1")
-    require(settings.device == "cpu" or torch.cuda.is_available(),
-            f"--device {settings.device}: there is no such device; use cpu")
     return settings
 
 
@@ -548,7 +560,7 @@ def train(run: Run, prompts: list[Prompt]) -> None:
             clock, started = Clock(), time.perf_counter()
             # A linear decay: the last steps settle instead of wandering.
             optimizer.param_groups[0]["lr"] = s.lr * (1 - (step - 1) / s.steps)
-            chosen = [next(order) for _ in range(s.prompts_per_step)]
+            chosen = draw_prompts(order, s.prompts_per_step)
             with clock("sampling"):
                 sampled = sample_batch(run, chosen, step)
             with clock("scoring"):
@@ -572,6 +584,16 @@ def shuffled(prompts: list[Prompt], seed: int):
         order = list(prompts)
         shuffle.shuffle(order)
         yield from order
+
+
+def draw_prompts(order, count: int) -> list[Prompt]:
+    """The next prompts, no two the same: a twin would draw the same responses."""
+    chosen: list[Prompt] = []
+    while len(chosen) < count:
+        prompt = next(order)
+        if prompt not in chosen:
+            chosen.append(prompt)
+    return chosen
 
 
 def require_movement(run: Run, step: int, metrics: dict) -> None:
@@ -618,7 +640,7 @@ def evaluate(run: Run, prompts: list[Prompt], title: str) -> tuple[dict, list[st
     Before and after use the same random numbers (step 0 of the table), so that the
     difference is the training's. At step 0 the adapter is zero and the policy the base.
     """
-    size, answers, by_judge = 32, [], {"reward_model": [], "gold": []}
+    s, size, answers, by_judge = run.settings, 32, [], {"reward_model": [], "gold": []}
     kl, tokens, ended = 0.0, 0, []
     one = dataclasses.replace(run, settings=dataclasses.replace(run.settings,
                                                                 group_size=1))
@@ -629,7 +651,8 @@ def evaluate(run: Run, prompts: list[Prompt], title: str) -> tuple[dict, list[st
         rows = batch.sampled.responses()
         answers += [run.tokenizer.decode(r).strip() for r in rows]
         ended += batch.sampled.ended.tolist()
-        by_judge["reward_model"].append(batch.scores)
+        if s.reward != "gold":
+            by_judge["reward_model"].append(batch.scores)
         if run.gold:
             by_judge["gold"] += [run.gold(p, [r])
                                  for p, r in zip(part, rows, strict=True)]
@@ -695,10 +718,12 @@ def read_prompts(s: Settings, tokenizer: Tokenizer,
         held = row.get("split", "train") == "heldout"
         (held_out if held else train_prompts).append(prompt)
     if not held_out:  # a file without splits: hold out a fifth
-        random.Random(s.seed).shuffle(train_prompts)
+        random.Random(0).shuffle(train_prompts)
         cut = max(1, len(train_prompts) // 5)
         held_out, train_prompts = train_prompts[:cut], train_prompts[cut:]
-    require(bool(train_prompts), f"{path} has no prompts to train on")
+    require(len(train_prompts) >= s.prompts_per_step, f"{path} has "
+            f"{len(train_prompts)} prompts to train on; --prompts-per-step asks for "
+            f"{s.prompts_per_step}")
     # A fixed sample: seeds differ in training, not in what they are judged on.
     random.Random(0).shuffle(held_out)
     return train_prompts, held_out[:s.eval_prompts]
@@ -721,6 +746,9 @@ def gold_scorer(tokenizer: Tokenizer, prompts: list[Prompt]):
 def prepare(settings: Settings) -> tuple[Run, list[Prompt], list[Prompt]]:
     """Load or train everything that a run needs."""
     s = settings
+    folder = s.out or free_folder(s)
+    require(not (folder / "metrics.jsonl").exists(), f"{folder} holds a run already; "
+            "choose another --out")
     model, tokenizer = load(s.model, s.device, s.dtype and getattr(torch, s.dtype))
     prompts, held_out = read_prompts(s, tokenizer, model.config.max_position_embeddings)
     gold = gold_scorer(tokenizer, prompts + held_out)
@@ -741,9 +769,6 @@ def prepare(settings: Settings) -> tuple[Run, list[Prompt], list[Prompt]]:
             gold = gold if axes == list(rubric.AXES) else None
     weights = parse_weights(s.weights, axes)
     lora.attach(model, "policy", s.rank, 2 * s.rank, s.seed)
-    folder = s.out or free_folder(s)
-    require(not (folder / "metrics.jsonl").exists(), f"{folder} holds a run already; "
-            "choose another --out")
     run = Run(s, model, tokenizer, axes, weights, score, gold, folder)
     return run, prompts, held_out
 
@@ -756,7 +781,7 @@ def find_reward_model(s: Settings, model: Qwen,
         return reward_model.load(model, folder)
     print(f"there is no reward model for {s.model} yet: training one into {folder}")
     options = reward_model.resolve(
-        reward_model.Settings(model=s.model, seed=s.seed, device=s.device))
+        reward_model.Settings(model=s.model, device=s.device, dtype=s.dtype))
     scorer = reward_model.train_reward_model(model, tokenizer, options, folder)
     for parameter in scorer.parameters():
         parameter.requires_grad_(False)
@@ -776,7 +801,7 @@ def free_folder(s: Settings) -> Path:
 
 @torch.no_grad()
 def estimate_seconds(run: Run, prompts: list[Prompt], held_out: list[Prompt]) -> float:
-    """How long the run will take here, from one scoring pass and two decoding steps."""
+    """How long the run will take here, from a scoring pass and three decoding steps."""
     s, prompt = run.settings, prompts[0]
     rows = s.prompts_per_step * s.group_size
     length = s.max_new_tokens * 0.6  # most responses end before the limit
@@ -828,6 +853,7 @@ def main(argv: list[str] | None = None) -> None:
               for k, v in dataclasses.asdict(settings).items()}
     write_json(run.folder / "config.json", config | {
         "out": str(run.folder), "axes": run.axes, "weights_used": shares.tolist(),
+        "reward": settings.reward or str(reward_model.default_folder(settings.model)),
         "torch": torch.__version__, "threads": torch.get_num_threads()})
     before = evaluate(run, held_out, "before")
     train(run, prompts)

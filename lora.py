@@ -189,6 +189,10 @@ def load(model: Qwen, name: str, folder: Path) -> None:
                            "alpha_pattern", "modules_to_save") if config.get(k)]
     require(config.get("peft_type") == "LORA" and not foreign, f"{folder} is not a "
             f"plain LoRA adapter ({', '.join(foreign) or config.get('peft_type')})")
+    # PiSSA and its like change the base too, and say so only here.
+    start = config.get("init_lora_weights", True)
+    require(start in (True, False, "gaussian"), f"{folder}: init_lora_weights is "
+            f"{start!r}; such an adapter does not go with the plain base")
     rank, alpha = config.get("r"), config.get("lora_alpha")
     require(isinstance(rank, int) and isinstance(alpha, (int, float))
             and math.isfinite(alpha),

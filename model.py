@@ -47,6 +47,14 @@ def is_tiny(source: str | Path) -> bool:
     return Path(source).resolve() == TINY
 
 
+def pick_device(name: str | None) -> str:
+    """The device that was asked for; by default a GPU if there is one."""
+    known = {"cpu"} | ({"cuda"} if torch.cuda.is_available() else set())
+    require(name is None or name in known, f"--device {name}: there is no such device; "
+            f"this machine has {' and '.join(sorted(known))}")
+    return name or max(known)  # "cuda" > "cpu"
+
+
 def base_name(source: str | Path) -> str:
     """What an adapter calls its base: nobody's home folder gets into the tiny one's."""
     return "data/tiny" if is_tiny(source) else str(source)
@@ -609,8 +617,8 @@ def find_folder(source: str | Path) -> Path:
     except Exception as error:  # offline, unknown name, no permission, disk full …
         raise UserError(
             f"cannot get {name} from the Hugging Face Hub and it is not in the cache "
-            f"({type(error).__name__}); download its *.json and *.safetensors files "
-            "on a machine with access and pass their folder with --model DIR"
+            f"({type(error).__name__}); download its *.json, *.jinja and *.safetensors "
+            "files on a machine with access and pass their folder with --model DIR"
         ) from error
 
 
@@ -650,7 +658,7 @@ def check_memory(config: Config, device: torch.device, dtype: torch.dtype,
             else available_memory())
     require(need < free, f"{folder} needs {need / 1e9:.1f} GB for its weights in "
             f"{str(dtype).removeprefix('torch.')}, but {device} has {free / 1e9:.1f} "
-            "GB free; use a smaller size, --dtype bfloat16 or a larger machine")
+            "GB free; use a smaller size, bfloat16 or a larger machine")
 
 
 def fill(model: Qwen, shards: dict[str, Path], device: torch.device,

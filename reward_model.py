@@ -50,6 +50,7 @@ from model import (
     is_tiny,
     open_shard,
     pad_rows,
+    pick_device,
 )
 from model import load as load_base
 from run import (
@@ -163,7 +164,7 @@ class Settings:
     lr: float | None = option(None, "AdamW's peak learning rate")
     rank: int = option(16, "LoRA rank; alpha is twice that")
     seed: int = option(0, "of the adapter, the split and the order of the rows")
-    device: str = option("cpu", "cpu or cuda")
+    device: str | None = option(None, "cpu or cuda (default: cuda if there is one)")
     dtype: str | None = option(None, "float32 or bfloat16 (default: by the device)",
                                choices=["float32", "bfloat16"])
 
@@ -180,13 +181,12 @@ def resolve(settings: Settings) -> Settings:
     source = settings.model or SIZES[settings.size]
     changes = {name: value for name, value in DEFAULTS[is_tiny(source)].items()
                if getattr(settings, name) is None}
-    settings = dataclasses.replace(settings, model=source, **changes)
+    settings = dataclasses.replace(settings, model=source,
+                                   device=pick_device(settings.device), **changes)
     for name in ("epochs", "prompts_per_step", "lr", "rank"):
         require(0 < getattr(settings, name) < math.inf,
                 f"--{name.replace('_', '-')} must be positive")
     require(settings.seed >= 0, "--seed must not be negative")
-    require(settings.device == "cpu" or torch.cuda.is_available(),
-            f"--device {settings.device}: there is no such device; use cpu")
     return settings
 
 
@@ -377,8 +377,9 @@ def train_reward_model(model: Qwen, tokenizer: Tokenizer, settings: Settings,
     home = TINY if is_tiny(settings.model) else TINY.parent
     path = settings.data or home / "labels.jsonl"
     rows = read_rows(path, responses=True, labels=True)
-    axes = list(dict.fromkeys(axis for row in rows for axis in row["scores"]))
     known, held = split_rows(rows, settings.seed)
+    # What no training row labels cannot be learnt.
+    axes = list(dict.fromkeys(axis for row in known for axis in row["scores"]))
     require(bool(known) and bool(held), f"{path}: training and test both need rows")
     groups = make_groups(known, axes, tokenizer)
     for group in groups:

@@ -192,13 +192,12 @@ def parse_settings(cls: type, description: str, argv: list[str] | None = None):
     A field `group_size: int = option(8, "...")` becomes `--group-size N`; its default
     and help come from the field, so the two cannot drift apart.
     """
-    parser = argparse.ArgumentParser(
-        description=description,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = argparse.ArgumentParser(description=description)
     for field in dataclasses.fields(cls):
         extra = dict(field.metadata)
         extra["help"] = extra["help"].replace("%", "%%")  # argparse formats it
+        if field.default not in (None, ""):
+            extra["help"] += " (default: %(default)s)"
         positional = extra.pop("positional", False)
         # `from __future__ import annotations` is not used, so a type is a type; for
         # `int | None` the type that reads the text is the first of the union.

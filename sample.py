@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 import lora
-from model import TINY, Qwen, Tokenizer, is_tiny, load
+from model import TINY, Qwen, Tokenizer, is_tiny, load, pick_device
 from run import one_line_errors, option, parse_settings, read_json, require
 
 
@@ -143,7 +143,7 @@ class Settings:
     max_new_tokens: int = option(128, "longest answer, in tokens")
     temperature: float = option(0.7, "0 always takes the likeliest token")
     seed: int = option(0, "seed of the sampling")
-    device: str = option("cpu", "cpu or cuda")
+    device: str | None = option(None, "cpu or cuda (default: cuda if there is one)")
 
 
 def find_run(settings: Settings) -> tuple[Path | None, dict]:
@@ -165,13 +165,11 @@ def main(argv: list[str] | None = None) -> None:
     require(settings.max_new_tokens > 0, "--max-new-tokens must be at least 1")
     require(settings.temperature >= 0, "--temperature must not be negative")
     require(settings.seed >= 0, "--seed must not be negative")
-    require(settings.device == "cpu" or torch.cuda.is_available(),
-            f"--device {settings.device}: there is no such device; use cpu")
     require(settings.reward is None or settings.reward.is_dir(),
             f"no such reward model folder: {settings.reward}")
     folder, run = find_run(settings)
     source = settings.model or run.get("model") or str(TINY)
-    model, tokenizer = load(source, settings.device)
+    model, tokenizer = load(source, pick_device(settings.device))
     speakers = [("base", None)]
     if folder:
         lora.load(model, "policy", folder)

@@ -3,8 +3,8 @@
 * [E2] R is the weighted mean of the scores, and only the weights' proportions count.
 * [E3] Advantages are numpy's; a flat group gets exactly 0; groups never mix; GDPO gives
   each axis the say that its weight gives it.
-* [E4]-[E7] The gradient of the loss equals exact enumeration over a toy vocabulary, for
-  every normalisation and KL estimator, where clipping acts.
+* [E4] [E5] [E7] The gradient of the loss equals exact enumeration over a toy
+  vocabulary, for every normalisation and KL estimator, where clipping acts.
 * [E6] Each estimator's value and gradient have the expectation that its comment states,
   and no token overflows or is pushed the wrong way.
 * On a real (tiny) Qwen with LoRA the gradient equals a naive reference with repeated
@@ -784,7 +784,7 @@ def test_an_adapter_that_stays_at_zero_is_refused():
     with torch.no_grad():
         for layer in lora.layers(run.model).values():
             layer.lora_B["policy"].zero_()
-    with pytest.raises(UserError, match="still zero after the first step"):
+    with pytest.raises(UserError, match="still zero after step 1"):
         grpo.require_movement(run, 1, {"grad_norm": 0.1})
     grpo.require_movement(run, 1, {"grad_norm": 0.0})  # all groups were dead: no news
     with torch.no_grad():
