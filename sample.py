@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 import lora
-from model import TINY, Qwen, Tokenizer, is_tiny, load, pick_device
+from model import TINY, Qwen, Tokenizer, load, pick_device
 from run import one_line_errors, option, parse_settings, read_json, require
 
 
@@ -174,11 +174,10 @@ def main(argv: list[str] | None = None) -> None:
     if folder:
         lora.load(model, "policy", folder)
         speakers.append(("aligned", "policy"))
-    judge = settings.reward or (Path(run["reward"]) if run.get("reward") not in
-                                (None, "gold") else None)
-    if judge is None and is_tiny(source):
-        judge = TINY / "reward"
-    scorer = reward_model.load(model, judge) if judge and judge.is_dir() else None
+    used = run.get("reward", "gold")  # by the run; the gold rubric has no folder
+    judge = settings.reward or (
+        reward_model.default_folder(source) if used == "gold" else Path(used))
+    scorer = reward_model.load(model, judge) if judge.is_dir() else None
     turn = 0
     for prompt in [settings.prompt] if settings.prompt is not None else ask():
         ids = tokenizer.chat(prompt)

@@ -389,7 +389,7 @@ def results(settings: Settings) -> None:
     runs = {f"equal, seed {seed}": ["--seed", str(seed)] for seed in range(3)}
     for axis in rubric.AXES:
         rest = ",".join(f"{a}={int(a == axis)}" for a in rubric.AXES)
-        runs[f"{axis} only"] = ["--weights", rest]
+        runs[f"{axis} only"] = ["--weights", rest, "--steps", "40"]
     best = read_json(settings.out / "measured.json")["R_best_of_64"]
     found = {}
     for name, options in runs.items():

@@ -219,7 +219,7 @@ BAD = {
     "no reward folder": (lambda d: ["--reward", str(d / "nowhere")], "nowhere"),
     "gold for foreign prompts": (
         lambda d: ["--reward", "gold", "--prompts",
-                   str(jsonl(d, '{"prompt": "Who are you?"}\n{"prompt": "Why?"}\n'))],
+                   str(jsonl(d, '{"prompt": "Why is the sky blue?"}\n' * 4))],
         "gold"),
     "no Hub and no cache": (lambda d: ["--size", "0.5b"], "--model DIR"),
     "altered weights": (lambda d: ["--model", str(altered(d))], "SHA-256"),
