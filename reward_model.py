@@ -172,7 +172,7 @@ class Settings:
 # By `model.is_tiny`. The free-English labels are few: small steps, a gentler rate.
 DEFAULTS = {
     True: {"epochs": 6, "prompts_per_step": 4, "lr": 1e-3},
-    False: {"epochs": 3, "prompts_per_step": 2, "lr": 2e-4},
+    False: {"epochs": 3, "prompts_per_step": 2, "lr": 6e-4},
 }
 
 
