@@ -864,7 +864,7 @@ def main(argv: list[str] | None = None) -> None:
     write_json(run.folder / "summary.json", {
         "before": before[0], "after": after[0], "seconds": round(seconds, 1),
         "peak_rss_gb": round(peak_rss_gb(), 2), "seed": settings.seed,
-        "held_out_prompts": len(held_out), "model": settings.model,
+        "held_out_prompts": len(held_out), "model": base_name(settings.model),
         "answers": [{"prompt": p.text, "before": b, "after": a} for p, b, a in
                     zip(held_out, before[1], after[1], strict=True)]})
     write_checksums(run.folder)
