@@ -93,18 +93,6 @@ def test_the_datasheet_shows_what_was_measured():
         assert row["answer"].split("\n")[0] in text
 
 
-def test_the_datasheet_counts_the_labels():
-    text = (ROOT / "data" / "README.md").read_text()
-    rows = [json.loads(line) for line in
-            (ROOT / "data" / "labels.jsonl").read_text().splitlines()]
-    assert f"{len(rows)} labelled responses" in text
-    assert f"to {len({row['prompt'] for row in rows})} prompts" in text
-    for axis in rows[0]["scores"]:
-        marks = [row["scores"][axis] for row in rows]
-        counts = [str(marks.count(mark)) for mark in (0, 0.25, 0.5, 0.75, 1)]
-        assert f"| {axis} | {' | '.join(counts)} |" in text
-
-
 def test_the_readme_shows_the_results_of_its_command():
     results = json.loads((ROOT / "data" / "tiny" / "results.json").read_text())
     for name, found in results.items():
