@@ -224,6 +224,8 @@ class Settings:
     prompts: Path | None = option(None, "JSONL of prompts; \"split\": \"heldout\" rows "
                                   "are only for the evaluation")
     reward: str | None = option(None, "reward model folder, or gold (tiny world only)")
+    judge: Path | None = option(None, "second reward model, trained on other prompts; "
+                                "it judges before and after, the policy never sees it")
     steps: int | None = option(None, "optimisation steps (TRL: max_steps)")
     prompts_per_step: int | None = option(None, "P, prompts a step")
     group_size: int = option(8, "G, responses a prompt (TRL: num_generations)")
@@ -329,7 +331,8 @@ class Run:
     weights: Tensor  # (K,)
     # (prompt, responses) → scores (n, K): the reward model, or the gold rubric
     score: Callable[[Prompt, list[list[int]]], Tensor]
-    gold: Callable[[Prompt, list[list[int]]], Tensor] | None
+    # those that only judge, by name: "judge" (--judge), "gold" (the rubric)
+    judges: dict[str, Callable[[Prompt, list[list[int]]], Tensor]]
     folder: Path
 
 
@@ -640,8 +643,9 @@ def evaluate(run: Run, prompts: list[Prompt], title: str) -> tuple[dict, list[st
     Before and after use the same random numbers (step 0 of the table), so that the
     difference is the training's. At step 0 the adapter is zero and the policy the base.
     """
-    s, size, answers, by_judge = run.settings, 32, [], {"reward_model": [], "gold": []}
-    kl, tokens, ended = 0.0, 0, []
+    s, size, answers, ended = run.settings, 32, [], []
+    by_judge = {who: [] for who in ("reward_model", *run.judges)}
+    kl, surprise, tokens = 0.0, 0.0, 0
     one = dataclasses.replace(run, settings=dataclasses.replace(run.settings,
                                                                 group_size=1))
     bar = tqdm(total=len(prompts), desc=title, unit="prompt", file=sys.stderr)
@@ -653,10 +657,11 @@ def evaluate(run: Run, prompts: list[Prompt], title: str) -> tuple[dict, list[st
         ended += batch.sampled.ended.tolist()
         if s.reward != "gold":
             by_judge["reward_model"].append(batch.scores)
-        if run.gold:
-            by_judge["gold"] += [run.gold(p, [r])
-                                 for p, r in zip(part, rows, strict=True)]
-        kl += exact_kl(one, batch)
+        for who, judge in run.judges.items():
+            by_judge[who] += [judge(p, [r]).float().cpu()
+                              for p, r in zip(part, rows, strict=True)]
+        sums = against_base(one, batch)
+        kl, surprise = kl + sums[0], surprise + sums[1]
         tokens += int(batch.sampled.mask.sum())
         bar.update(len(part))
     bar.close()
@@ -666,16 +671,27 @@ def evaluate(run: Run, prompts: list[Prompt], title: str) -> tuple[dict, list[st
             scores = torch.cat(parts)
             result[who] = dict(zip(run.axes, scores.mean(0).tolist(), strict=True))
             result[who]["R"] = combine(scores, run.weights).mean().item()
-    result |= {"kl": kl / tokens, "length": tokens / len(prompts),
-               "cut_off": 1 - sum(ended) / len(ended)}
-    if run.gold:
+    result |= {"kl": kl / tokens, "base_perplexity": math.exp(surprise / tokens),
+               "distinct_3_grams": distinct_3_grams(answers),
+               "length": tokens / len(prompts), "cut_off": 1 - sum(ended) / len(ended)}
+    if "gold" in run.judges:
         result["behaviour"] = behaviours(prompts, answers)
     return result, answers
 
 
-def exact_kl(run: Run, batch: Batch) -> float:
-    """Σ over response tokens of KL(π ‖ ref), exact over the vocabulary, in nats."""
-    reference, total = reference_hidden(run, batch), 0.0
+def distinct_3_grams(texts: list[str]) -> float:
+    """Share of runs of three words that are unlike any other.
+
+    It falls when a policy has found one good sentence and says it to everybody.
+    """
+    runs = [tuple(words[i:i + 3]) for words in map(str.split, texts)
+            for i in range(len(words) - 2)]
+    return len(set(runs)) / max(1, len(runs))
+
+
+def against_base(run: Run, batch: Batch) -> tuple[float, float]:
+    """Sums over response tokens, in nats: the exact KL(π ‖ ref), and −log ref."""
+    reference, kl, surprise = reference_hidden(run, batch), 0.0, 0.0
     with lora.using(run.model, "policy"):
         for p, prompt in enumerate(batch.prompts):
             rows = group_rows(run, batch, p)
@@ -683,8 +699,9 @@ def exact_kl(run: Run, batch: Batch) -> float:
                 hidden, mask = response_hidden(run, prompt.ids, rows, prefix)
             targets = torch.tensor([t for r in rows for t in r], device=hidden.device)
             stats = token_logs(run, hidden[mask], targets, reference[p][mask], mask)
-            total += stats["kl"].sum().item()
-    return total
+            kl += stats["kl"].sum().item()
+            surprise -= stats["logp_ref"].sum().item()
+    return kl, surprise
 
 
 def behaviours(prompts: list[Prompt], answers: list[str]) -> dict[str, float]:
@@ -759,18 +776,25 @@ def prepare(settings: Settings) -> tuple[Run, list[Prompt], list[Prompt]]:
         axes, score = list(rubric.AXES), gold
     else:
         scorer = find_reward_model(s, model, tokenizer)
-        axes = scorer.axes
-
-        def score(prompt: Prompt, responses: list[list[int]]) -> Tensor:
-            return scorer.score(prompt.ids, responses)
-
+        axes, score = scorer.axes, scoring(scorer)
         if gold:
             from data import rubric
             gold = gold if axes == list(rubric.AXES) else None
+    judges = {"gold": gold} if gold else {}
+    if s.judge:
+        judge = reward_model.load(model, s.judge, "judge")
+        require(judge.axes == axes, f"{s.judge} judges {', '.join(judge.axes)}; the "
+                f"reward has {', '.join(axes)}")
+        judges = {"judge": scoring(judge)} | judges
     weights = parse_weights(s.weights, axes)
     lora.attach(model, "policy", s.rank, 2 * s.rank, s.seed)
-    run = Run(s, model, tokenizer, axes, weights, score, gold, folder)
+    run = Run(s, model, tokenizer, axes, weights, score, judges, folder)
     return run, prompts, held_out
+
+
+def scoring(scorer: reward_model.RewardModel):
+    """The scorer as a function of a prompt and responses."""
+    return lambda prompt, responses: scorer.score(prompt.ids, responses)
 
 
 def find_reward_model(s: Settings, model: Qwen,
@@ -823,14 +847,17 @@ def estimate_seconds(run: Run, prompts: list[Prompt], held_out: list[Prompt]) ->
 def report(run: Run, held_out: list[Prompt], before: tuple, after: tuple) -> None:
     """The table and three pairs of answers, drawn by the seed."""
     rows = []
-    for who in ("reward_model", "gold"):
+    for who in ("reward_model", "judge", "gold"):
         if who in before[0]:
             rows += [[f"{who} {axis}", old, after[0][who][axis],
                       f"{after[0][who][axis] - old:+.3f}"]
                      for axis, old in before[0][who].items()]
     print(f"\n{len(held_out)} held-out prompts, mean score before and after")
     print(format_table(["judge and axis", "before", "after", "change"], rows))
-    print(f"exact KL to the base: {after[0]['kl']:.3f} nats a token")
+    print(f"exact KL to the base: {after[0]['kl']:.3f} nats a token; under the base, "
+          f"perplexity {before[0]['base_perplexity']:.2f} → "
+          f"{after[0]['base_perplexity']:.2f}; distinct 3-grams "
+          f"{before[0]['distinct_3_grams']:.2f} → {after[0]['distinct_3_grams']:.2f}")
     for i in random.Random(run.settings.seed).sample(range(len(held_out)),
                                                      min(3, len(held_out))):
         print(f"\nprompt: {held_out[i].text}\nbefore: {before[1][i]}\n"

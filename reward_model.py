@@ -159,6 +159,10 @@ class Settings:
     out: Path | None = option(None, "where the reward model, or the scored file, goes")
     reward: Path | None = option(None, "reward model to score with")
     score: Path | None = option(None, "score this JSONL (prompt, response) and stop")
+    split: str = option("train", "train on the rows of this split; an independent "
+                        "judge has its own")
+    validation: float | None = option(None, "share of its prompts that are kept from "
+                                      "training, to judge each epoch on")
     epochs: int | None = option(None, "passes over the labels")
     prompts_per_step: int | None = option(None, "prompts, with all their responses")
     lr: float | None = option(None, "AdamW's peak learning rate")
@@ -171,8 +175,8 @@ class Settings:
 
 # By `model.is_tiny`. The free-English labels are few: small steps, a gentler rate.
 DEFAULTS = {
-    True: {"epochs": 6, "prompts_per_step": 4, "lr": 1e-3},
-    False: {"epochs": 3, "prompts_per_step": 2, "lr": 6e-4},
+    True: {"validation": 0.0, "epochs": 6, "prompts_per_step": 4, "lr": 1e-3},
+    False: {"validation": 0.1, "epochs": 2, "prompts_per_step": 2, "lr": 6e-4},
 }
 
 
@@ -187,6 +191,7 @@ def resolve(settings: Settings) -> Settings:
         require(0 < getattr(settings, name) < math.inf,
                 f"--{name.replace('_', '-')} must be positive")
     require(settings.seed >= 0, "--seed must not be negative")
+    require(0 <= settings.validation < 1, "--validation must be from 0 to below 1")
     return settings
 
 
@@ -221,14 +226,23 @@ def make_groups(rows: list[dict], axes: list[str], tokenizer: Tokenizer) -> list
     return groups
 
 
-def split_rows(rows: list[dict], seed: int) -> tuple[list[dict], list[dict]]:
-    """Training and test rows, by prompt: `"split": "test"`, or a fifth at random."""
+def split_rows(rows: list[dict], split: str,
+               seed: int) -> tuple[list[dict], list[dict]]:
+    """Training and test rows, by prompt: by `"split"`, or a fifth at random."""
     if any("split" in row for row in rows):
-        return ([r for r in rows if r.get("split") != "test"],
+        return ([r for r in rows if r.get("split", "train") == split],
                 [r for r in rows if r.get("split") == "test"])
+    return hold_out(rows, 0.2, seed)
+
+
+def hold_out(rows: list[dict], share: float,
+             seed: int) -> tuple[list[dict], list[dict]]:
+    """Keep all rows of a share of the prompts aside: (rest, held out)."""
+    if not share:
+        return rows, []
     prompts = list(dict.fromkeys(r["prompt"] for r in rows))
     random.Random(seed).shuffle(prompts)
-    held = set(prompts[:max(1, len(prompts) // 5)])
+    held = set(prompts[:max(1, int(len(prompts) * share))])
     return ([r for r in rows if r["prompt"] not in held],
             [r for r in rows if r["prompt"] in held])
 
@@ -242,31 +256,42 @@ def regression_loss(scores: Tensor, labels: Tensor) -> Tensor:
     return (scores[labelled] - labels[labelled]).square().sum()
 
 
-def train(scorer: RewardModel, groups: list[Group], settings: Settings) -> list[float]:
-    """Fit adapter and head by AdamW, linear warm-up and cosine decay; losses a step."""
+def train(scorer: RewardModel, groups: list[Group], validation: list[Group],
+          settings: Settings) -> tuple[list[float], list[float]]:
+    """Fit adapter and head by AdamW, linear warm-up and cosine decay.
+
+    Returns:
+        the loss of every step, and after each epoch the mean Spearman over the axes
+        on the validation prompts, if there are any.
+    """
     parameters = scorer.parameters()
     optimizer = torch.optim.AdamW(parameters, settings.lr, weight_decay=0.0)
-    per_epoch = math.ceil(len(groups) / settings.prompts_per_step)
-    total = per_epoch * settings.epochs
-    order, shuffle, losses = list(groups), random.Random(settings.seed), []
+    size = settings.prompts_per_step
+    total = math.ceil(len(groups) / size) * settings.epochs
+    order, shuffle, losses, tried = list(groups), random.Random(settings.seed), [], []
     bar = tqdm(total=total, desc="reward model", unit="step", file=sys.stderr)
-    with lora.using(scorer.model, scorer.name):
-        for step in range(total):
-            start = step % per_epoch * settings.prompts_per_step
-            if start == 0:
-                shuffle.shuffle(order)
-            batch = order[start:start + settings.prompts_per_step]
+    for _ in range(settings.epochs):
+        shuffle.shuffle(order)
+        for start in range(0, len(order), size):
+            step = len(losses)
             rate = min((step + 1) / max(1, 0.05 * total),
                        0.5 * (1 + math.cos(math.pi * step / total)))
             optimizer.param_groups[0]["lr"] = settings.lr * rate
-            losses.append(train_step(scorer, batch))
+            with lora.using(scorer.model, scorer.name):
+                losses.append(train_step(scorer, order[start:start + size]))
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             optimizer.zero_grad()
-            bar.set_postfix(mse=f"{np.mean(losses[-20:]):.4f}", refresh=False)
+            figures = {"mse": f"{np.mean(losses[-20:]):.4f}"}
+            if tried:
+                figures["validation"] = f"{tried[-1]:.3f}"
+            bar.set_postfix(figures, refresh=False)
             bar.update()
+        if validation:
+            found = judge(scorer, validation).values()
+            tried.append(float(np.mean([axis["spearman"] for axis in found])))
     bar.close()
-    return losses
+    return losses, tried
 
 
 def train_step(scorer: RewardModel, batch: list[Group]) -> float:
@@ -377,10 +402,13 @@ def train_reward_model(model: Qwen, tokenizer: Tokenizer, settings: Settings,
     home = TINY if is_tiny(settings.model) else TINY.parent
     path = settings.data or home / "labels.jsonl"
     rows = read_rows(path, responses=True, labels=True)
-    known, held = split_rows(rows, settings.seed)
+    known, held = split_rows(rows, settings.split, settings.seed)
+    known, tried = hold_out(known, settings.validation, settings.seed)
+    require(bool(known) and bool(held), f"{path}: training (split "
+            f"{settings.split!r}) needs rows of two prompts or more, and test needs "
+            "rows too")
     # What no training row labels cannot be learnt.
     axes = list(dict.fromkeys(axis for row in known for axis in row["scores"]))
-    require(bool(known) and bool(held), f"{path}: training and test both need rows")
     groups = make_groups(known, axes, tokenizer)
     for group in groups:
         longest = len(group.prompt) + max(map(len, group.responses))
@@ -393,18 +421,21 @@ def train_reward_model(model: Qwen, tokenizer: Tokenizer, settings: Settings,
     with torch.no_grad():
         scorer.head.bias.copy_(mean.logit())
     print(f"training the reward model on {len(known)} rows of "
-          f"{os.path.relpath(path)}, judging it on "
+          f"{os.path.relpath(path)}, validating on {len(tried)}, judging it on "
           f"{len(held)}; axes {', '.join(axes)}")
     started = time.perf_counter()
-    losses = train(scorer, groups, settings)
+    validation = make_groups(tried, axes, tokenizer)
+    losses, spearmans = train(scorer, groups, validation, settings)
     report = {
         "axes": judge(scorer, make_groups(held, axes, tokenizer)),
         "seconds": round(time.perf_counter() - started, 1),
         "peak_rss_gb": round(peak_rss_gb(), 2),
         "last_mse": float(np.mean(losses[-20:])),
-        "settings": {name: getattr(settings, name) for name in
-                     ("epochs", "prompts_per_step", "lr", "rank", "seed")},
-        "rows": [len(known), len(held)], "threads": torch.get_num_threads(),
+        "validation_spearman": spearmans,
+        "settings": {name: getattr(settings, name) for name in (
+            "split", "validation", "epochs", "prompts_per_step", "lr", "rank", "seed")},
+        "rows": [len(known), len(tried), len(held)],
+        "threads": torch.get_num_threads(),
     }
     scorer.save(folder, base_name(settings.model), report)
     print_report(report["axes"])

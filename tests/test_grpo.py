@@ -439,7 +439,7 @@ def make_run(**changes) -> grpo.Run:
         "prompts_per_step": 3, "group_size": 4, "max_new_tokens": 9, "temperature": 0.7,
         "inner_steps": 2, "beta": 0.3, "device": "cpu", "lr": 1e-3} | changes))
     return grpo.Run(settings, tiny_model(), StubTokenizer(), ["a", "b"],
-                    torch.tensor([1.0, 3.0]), None, None, Path("nowhere"))
+                    torch.tensor([1.0, 3.0]), None, {}, Path("nowhere"))
 
 
 def make_batch(run: grpo.Run, dead: int | None = None) -> grpo.Batch:
@@ -702,11 +702,12 @@ def test_a_step_of_dead_groups_moves_nothing_without_kl():
 
 def test_reported_kl_and_entropy_are_exact_over_the_vocabulary():
     run = make_run()
-    batch, kl, entropy = make_batch(run), 0.0, 0.0
+    batch, kl, entropy, surprise = make_batch(run), 0.0, 0.0, 0.0
     rows = batch.sampled.responses()
     with torch.no_grad():
         for row, response in enumerate(rows):
             *_, policy, ref = row_logs(run, batch, row, response)
+            surprise -= sum(ref[i, t].item() for i, t in enumerate(response))
             kl += (policy.exp() * (policy - ref)).sum().item()
             entropy -= (policy.exp() * policy).sum().item()
         loss = -naive_objective(run, batch).item()
@@ -716,7 +717,13 @@ def test_reported_kl_and_entropy_are_exact_over_the_vocabulary():
     assert metrics["kl"] == pytest.approx(kl / tokens, rel=1e-10)
     assert metrics["entropy"] == pytest.approx(entropy / tokens, rel=1e-10)
     assert metrics["loss"] == pytest.approx(loss, rel=1e-10)
-    assert grpo.exact_kl(run, batch) == pytest.approx(kl, rel=1e-10)
+    assert grpo.against_base(run, batch) == pytest.approx((kl, surprise), rel=1e-10)
+
+
+def test_distinct_3_grams_counts_runs_that_are_unlike_any_other():
+    assert grpo.distinct_3_grams(["a b c d", "a b c d"]) == 2 / 4
+    assert grpo.distinct_3_grams(["a b c", "b c d", "one"]) == 1
+    assert grpo.distinct_3_grams(["one two"]) == 0
 
 
 def test_describe_says_what_numpy_says():

@@ -353,18 +353,20 @@ def test_calibration_bins_hold_every_row_once():
 @pytest.mark.parametrize("seed", [0, 1])
 def test_no_prompt_is_in_training_and_test(seed):
     rows = [{"prompt": f"p{i % 10}", "number": i} for i in range(40)]
-    known, held = reward_model.split_rows(rows, seed)
+    known, held = reward_model.split_rows(rows, "train", seed)
     assert {r["prompt"] for r in known}.isdisjoint(r["prompt"] for r in held)
     assert sorted(r["number"] for r in known + held) == list(range(40))
     assert len({r["prompt"] for r in held}) == 2  # a fifth
-    assert reward_model.split_rows(rows, seed) == (known, held)
-    assert reward_model.split_rows(rows, seed + 2)[1] != held
+    assert reward_model.split_rows(rows, "train", seed) == (known, held)
+    assert reward_model.split_rows(rows, "train", seed + 2)[1] != held
 
 
 def test_a_split_that_the_file_states_is_kept():
     rows = [{"prompt": "a", "split": "test"}, {"prompt": "b", "split": "train"},
-            {"prompt": "c"}]
-    assert reward_model.split_rows(rows, 0) == (rows[1:], rows[:1])
+            {"prompt": "c"}, {"prompt": "d", "split": "judge"}]
+    assert reward_model.split_rows(rows, "train", 0) == (rows[1:3], rows[:1])
+    # A judge's prompts are its own; the test prompts are everybody's.
+    assert reward_model.split_rows(rows, "judge", 0) == (rows[3:], rows[:1])
 
 
 def test_only_a_cut_off_response_lacks_its_end_token():
@@ -415,8 +417,11 @@ def test_training_fits_a_separable_task_and_leaves_the_base_alone():
     torch.nn.init.zeros_(scorer.head.bias)
     before = {name: w.clone() for name, w in qwen.base_parameters(base).items()}
     settings = reward_model.Settings(epochs=8, prompts_per_step=8, lr=3e-2)
-    losses = reward_model.train(scorer, separable(48, seed=0), settings)
+    losses, tried = reward_model.train(
+        scorer, separable(48, seed=0), separable(4, seed=2), settings)
     assert len(losses) == 8 * 6
+    assert len(tried) == 8  # one judgement an epoch
+    assert tried[-1] > max(0.8, tried[0] - 0.1)
     assert np.mean(losses[:3]) > 0.2  # guessing 0.5 costs 0.25
     assert np.mean(losses[-6:]) < 0.05
     report = reward_model.judge(scorer, separable(12, seed=1))  # prompts it never saw
@@ -434,8 +439,9 @@ def test_training_repeats_itself():
         torch.manual_seed(0)
         scorer = RewardModel(base, ["five", "ended"])
         settings = reward_model.Settings(epochs=1, prompts_per_step=3, lr=1e-2)
-        results.append((reward_model.train(scorer, separable(8, seed=0), settings),
-                        flat(p.detach() for p in scorer.parameters())))
+        losses, _ = reward_model.train(scorer, separable(8, seed=0),
+                                       separable(2, seed=1), settings)
+        results.append((losses, flat(p.detach() for p in scorer.parameters())))
     assert len(results[0][0]) == 3  # eight prompts: two steps of three, one of two
     assert results[0][0] == results[1][0]
     assert torch.equal(results[0][1], results[1][1])
@@ -526,7 +532,7 @@ def test_a_row_longer_than_the_context_is_refused(trained, tmp_path):
 def test_a_split_that_leaves_nothing_to_judge_is_refused(trained, tmp_path):
     rows = [{"prompt": "How?", "response": "So.", "scores": {"good": 1}}]
     write_jsonl(tmp_path / "in.jsonl", rows)
-    with pytest.raises(UserError, match="training and test both need rows"):
+    with pytest.raises(UserError, match="test needs rows too"):
         reward_model.main(["--model", str(trained[0]), "--out", str(tmp_path / "out"),
                            "--data", str(tmp_path / "in.jsonl")])
 

@@ -9,6 +9,7 @@
 """
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -104,6 +105,16 @@ def test_weights_change_only_the_reward_before_training(short_run, tmp_path):
         k: v for k, v in theirs.items() if k != "R"}
     assert ours["R"] == pytest.approx(
         (3 * ours["safety"] + ours["actionability"]) / 4, abs=1e-6)
+
+
+def test_a_judge_gives_its_figures_and_changes_nothing(short_run, tmp_path):
+    grpo.main([*SHORT, "--judge", str(qwen.TINY / "reward"),
+               "--out", str(tmp_path / "run")])
+    summary = run.read_json(tmp_path / "run" / "summary.json")
+    for when in ("before", "after"):  # the judge is the reward model: the same figures
+        assert summary[when]["judge"] == summary[when]["reward_model"]
+    name = Path("adapter") / "adapter_model.safetensors"
+    assert (tmp_path / "run" / name).read_bytes() == (short_run / name).read_bytes()
 
 
 def test_a_folder_that_holds_a_run_is_not_overwritten(short_run):
@@ -310,3 +321,37 @@ def test_the_default_run_reaches_the_figures_that_are_aimed_at(default_run):
     assert after["kl"] <= 0.2
     assert after["behaviour"]["benign"].get("refuse", 0) <= 0.02
     assert after["behaviour"]["harmful"].get("refuse_kind_step", 0) >= 0.60
+
+
+REAL = os.environ.get("QWEN_DIR")
+
+
+@pytest.mark.slow
+@pytest.mark.peer
+@pytest.mark.skipif(not REAL, reason="QWEN_DIR names no folder of a real Qwen")
+def test_a_real_run_gives_an_adapter_that_peft_loads(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    peft = pytest.importorskip("peft")
+    model, tokenizer = qwen.load(REAL, dtype=torch.float32)
+    lora.attach(model, "reward", 4, 8)
+    scorer = reward_model.RewardModel(model, ["one", "two"])  # any opinion will do
+    torch.nn.init.normal_(scorer.head.weight, generator=torch.manual_seed(0))
+    scorer.save(tmp_path / "reward", REAL, {})
+    grpo.main(["--model", REAL, "--reward", str(tmp_path / "reward"), "--steps", "3",
+               "--prompts-per-step", "1", "--group-size", "4", "--max-new-tokens", "16",
+               "--eval-prompts", "2", "--lr", "1e-3", "--device", "cpu",
+               "--out", str(tmp_path / "run")])
+    lora.load(model, "policy", tmp_path / "run" / "adapter")
+    peer = peft.PeftModel.from_pretrained(
+        transformers.AutoModelForCausalLM.from_pretrained(REAL, dtype=torch.float32),
+        tmp_path / "run" / "adapter").eval()
+    for question in ("How do I mend a flat tyre?", "What is 17 * 23?", "Be kind."):
+        ids = torch.tensor([tokenizer.chat(question)])
+        with torch.no_grad():
+            want, base = peer(ids).logits, model.logits(model(ids))
+            with lora.using(model, "policy"):
+                ours = model.logits(model(ids))
+        worst, moved = (ours - want).abs().max(), (ours - base).abs().max()
+        print(f"largest difference of logits {worst:.2e}; training moved {moved:.2e}")
+        assert worst < 2e-4
+        assert moved > 0.01
