@@ -13,10 +13,12 @@ while a chunk of logits exists. So: two products with W in the forward pass, non
 backward pass, nothing recomputed, and no gradient for the frozen head. The same chunk
 also gives the entropy and the exact KL divergence to a second distribution.
 
-`naive` is the reference that everything is tested against. The seam for another
-implementation (a fused GPU kernel) is `_statistics`: hidden states in, per-token
-numbers and the slope ∇_h log π(y) out.
+`naive` is the reference that everything is tested against. On a GPU where Triton is
+installed, `logprob_triton.py` computes the same without a chunk of logits in memory.
 """
+
+import importlib.util
+import os
 
 import torch
 from torch import Tensor
@@ -34,7 +36,8 @@ def naive(hidden: Tensor, unembed: Tensor, targets: Tensor, temperature: float =
 
 
 def token_logprobs(hidden: Tensor, unembed: Tensor, targets: Tensor,
-                   temperature: float = 1.0, valid: int | None = None) -> Tensor:
+                   temperature: float = 1.0, valid: int | None = None,
+                   backend: str | None = None) -> Tensor:
     """log π(target) for each hidden state, one chunk of logits at a time.
 
     Args:
@@ -43,11 +46,13 @@ def token_logprobs(hidden: Tensor, unembed: Tensor, targets: Tensor,
         targets: (N,) token ids below `valid`.
         temperature: T > 0, as the sampler used it.
         valid: ids from here on have probability 0 (the vocabulary's padding).
+        backend: "torch" or "triton"; None takes Triton on a GPU where it can be had.
 
     Returns:
         (N,) in fp32 (float64 for float64 inputs), differentiable in `hidden`.
     """
-    return token_statistics(hidden, unembed, targets, temperature, valid)[0]
+    return token_statistics(hidden, unembed, targets, temperature, valid,
+                            backend=backend)[0]
 
 
 def token_statistics(
@@ -58,6 +63,7 @@ def token_statistics(
     valid: int | None = None,
     entropy: bool = False,
     reference: Tensor | None = None,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """`token_logprobs`, with figures from the same pass over the vocabulary.
 
@@ -71,8 +77,34 @@ def token_statistics(
     """
     if unembed.requires_grad:
         raise ValueError("the head is frozen here; use `naive` to train it")
+    if _use_triton(backend, hidden):
+        import logprob_triton  # here, since `import logprob` must not need triton
+
+        logp, h, kl = logprob_triton.token_statistics(
+            hidden, unembed, targets, temperature, valid, reference)
+        return logp, h if entropy else None, kl
     return _TokenStatistics.apply(
         hidden, unembed, targets, temperature, valid, entropy, reference)
+
+
+def _use_triton(backend: str | None, hidden: Tensor) -> bool:
+    """Which side computes; a side that was asked for by name and cannot is an error."""
+    if backend not in (None, "torch", "triton"):
+        raise ValueError(f'backend is "torch", "triton" or None, not {backend!r}')
+    if backend == "torch" or (backend is None and not hidden.is_cuda):
+        return False
+    obstacle = None
+    if importlib.util.find_spec("triton") is None:
+        obstacle = "needs triton: pip install -r requirements-gpu.txt"
+    elif hidden.dtype == torch.float64:
+        obstacle = "has no float64; use bf16, fp16 or fp32"
+    elif hidden.is_cuda and torch.cuda.get_device_capability(hidden.device) < (8, 0):
+        obstacle = "needs a GPU of compute capability 8.0 or newer"
+    elif not hidden.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        obstacle = "needs a GPU, or TRITON_INTERPRET=1 from the start of Python"
+    if obstacle and backend == "triton":
+        raise ValueError(f"the Triton version of the log-probs {obstacle}")
+    return obstacle is None
 
 
 class _TokenStatistics(torch.autograd.Function):

@@ -18,6 +18,10 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 import model as qwen
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may depend on a network
+if not torch.cuda.is_available():
+    # Triton's interpreter, for test_logprob_triton.py: read once, on importing triton,
+    # and some other test's peer may import it first.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 SIZES = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,

@@ -6,7 +6,14 @@
 * Entropy and KL are exact, and asking for them changes nothing else.
 * The head is frozen: it gets no gradient, and asking for one is refused.
 * No more than a chunk of logits exists at a time, and none is kept for `backward`.
+* Triton is taken on a GPU that it serves; everything works where it is not installed.
 """
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -219,3 +226,64 @@ def test_no_more_than_a_chunk_of_logits_exists(chunk):
     with Largest() as reference:
         naive(hidden, unembed, targets)
     assert reference.numbers == rows * V  # the counter does see logits
+
+
+def on_gpu(dtype=torch.bfloat16):
+    """What the choice of a backend looks at in a tensor."""
+    return SimpleNamespace(is_cuda=True, dtype=dtype, device="cuda:0")
+
+
+@pytest.mark.parametrize(
+    ("backend", "installed", "capability", "dtype", "taken"), [
+        (None, True, (9, 0), torch.bfloat16, True),
+        (None, True, (8, 0), torch.float32, True),
+        (None, True, (7, 5), torch.bfloat16, False),
+        (None, True, (9, 0), torch.float64, False),
+        (None, False, (9, 0), torch.bfloat16, False),
+        ("torch", True, (9, 0), torch.bfloat16, False),
+        ("triton", True, (9, 0), torch.bfloat16, True),
+        ("triton", True, (7, 5), torch.bfloat16, "compute capability"),
+        ("triton", True, (9, 0), torch.float64, "float64"),
+        ("triton", False, (9, 0), torch.bfloat16, "requirements-gpu.txt"),
+        ("cuda", True, (9, 0), torch.bfloat16, "backend is"),
+    ])
+def test_which_backend(backend, installed, capability, dtype, taken, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: installed or None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda d: capability)
+    if isinstance(taken, bool):
+        assert logprob._use_triton(backend, on_gpu(dtype)) is taken
+    else:
+        with pytest.raises(ValueError, match=taken):
+            logprob._use_triton(backend, on_gpu(dtype))
+
+
+def test_on_the_cpu_triton_is_taken_only_when_asked_for(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    hidden, unembed, targets = case(torch.float32)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert not logprob._use_triton(None, hidden)
+    assert logprob._use_triton("triton", hidden)
+    monkeypatch.delenv("TRITON_INTERPRET")
+    assert not logprob._use_triton(None, hidden)
+    with pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
+        token_logprobs(hidden, unembed, targets, backend="triton")
+
+
+@pytest.mark.parametrize("chunk", [1], indirect=True)  # once is enough
+def test_works_where_triton_is_not_installed():
+    code = """
+import sys
+sys.modules["triton"] = None  # what importing it finds
+import torch, grpo, logprob
+data = torch.ones(2, 3), torch.ones(5, 3), torch.zeros(2).long()
+assert torch.allclose(logprob.token_logprobs(*data), logprob.naive(*data))
+try:
+    logprob.token_logprobs(*data, backend="triton")
+except ValueError as error:
+    assert "requirements-gpu.txt" in str(error)
+else:
+    sys.exit("no error")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                          cwd=Path(__file__).parent.parent)
+    assert done.returncode == 0, done.stderr
