@@ -331,14 +331,33 @@ def ranks(values: np.ndarray) -> np.ndarray:
     return ((last - counts + last - 1) / 2)[inverse]
 
 
+def bootstrap(predicted: np.ndarray, labels: np.ndarray, prompts: np.ndarray,
+              draws: int = 500) -> list[float]:
+    """95% interval of Spearman: (n,) predictions, labels and numbers of the prompts.
+
+    Prompts are drawn with replacement, not rows: answers to one prompt are alike, and
+    taking them for independent would make the interval too narrow.
+    """
+    random = np.random.default_rng(0)
+    rows = [np.flatnonzero(prompts == p) for p in np.unique(prompts)]
+    found = []
+    for _ in range(draws):
+        drawn = random.integers(len(rows), size=len(rows))
+        here = np.concatenate([rows[i] for i in drawn])
+        found.append(spearman(predicted[here], labels[here]))
+    return np.quantile(found, [0.025, 0.975]).tolist()
+
+
 def judge(scorer: RewardModel, groups: list[Group]) -> dict[str, dict]:
     """Figures on held-out prompts: per axis Spearman, Pearson, MAE, calibration.
 
-    `mae_of_mean` is the error of always predicting the mean: what any use starts from.
+    `low` and `high` are Spearman's 95% interval (`bootstrap`). `mae_of_mean` is the
+    error of always predicting the mean: what any use starts from.
     `calibration`: five bins of predicted score: (rows, mean predicted, mean label).
     """
     predicted = torch.cat([scorer.score(g.prompt, g.responses) for g in groups])
     labels = torch.cat([g.labels for g in groups])
+    prompts = np.repeat(np.arange(len(groups)), [len(g.responses) for g in groups])
     report = {}
     for k, axis in enumerate(scorer.axes):
         known = ~labels[:, k].isnan()
@@ -347,8 +366,10 @@ def judge(scorer: RewardModel, groups: list[Group]) -> dict[str, dict]:
         p = predicted[known.to(predicted.device), k].double().cpu().numpy()
         y = labels[known, k].double().numpy()
         bins = np.clip((p * 5).astype(int), 0, 4)
+        low, high = bootstrap(p, y, prompts[known.numpy()])
         report[axis] = {
-            "rows": len(y), "spearman": spearman(p, y), "pearson": pearson(p, y),
+            "rows": len(y), "spearman": spearman(p, y), "low": low, "high": high,
+            "pearson": pearson(p, y),
             "mae": float(np.abs(p - y).mean()),
             "mae_of_mean": float(np.abs(y - y.mean()).mean()),
             "calibration": [
@@ -360,7 +381,7 @@ def judge(scorer: RewardModel, groups: list[Group]) -> dict[str, dict]:
 
 def print_report(report: dict[str, dict]) -> None:
     """The judgement as two tables."""
-    columns = ["rows", "spearman", "pearson", "mae", "mae_of_mean"]
+    columns = ["rows", "spearman", "low", "high", "pearson", "mae", "mae_of_mean"]
     print(format_table(["axis", *columns],
                        [[a, *(r[c] for c in columns)] for a, r in report.items()]))
     rows = [[a, n, p, y] for a, r in report.items() for n, p, y in r["calibration"]]

@@ -291,6 +291,21 @@ def test_pearson_and_spearman_equal_numpy_on_values_and_on_ranks():
     assert reward_model.spearman(a, -a) == pytest.approx(-1)
 
 
+def test_the_interval_is_the_textbooks_and_counts_prompts_not_rows():
+    random = np.random.default_rng(3)
+    labels = random.normal(size=150)
+    predicted = labels + random.normal(size=150)
+    alone = np.arange(150)
+    low, high = reward_model.bootstrap(predicted, labels, alone)
+    middle = np.arctanh(reward_model.spearman(predicted, labels))
+    # Fisher's z; 1.06 is the usual correction for ranks.
+    wide = 1.96 * np.sqrt(1.06 / (150 - 3))
+    assert low == pytest.approx(np.tanh(middle - wide), abs=0.03)
+    assert high == pytest.approx(np.tanh(middle + wide), abs=0.03)
+    four = [np.repeat(x, 4) for x in (predicted, labels, alone)]  # nothing was learnt
+    assert reward_model.bootstrap(*four) == pytest.approx([low, high], abs=0.01)
+
+
 def test_a_constant_prediction_correlates_with_nothing():
     labels = np.array([0.1, 0.5, 0.9, 0.2, 0.3, 0.8])
     rounding = np.full(6, 0.1)
