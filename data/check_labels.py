@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data.world import AXES
 from reward_model import spearman
 from run import (
     format_table,
@@ -28,7 +29,6 @@ from run import (
 )
 
 HOME = Path(__file__).parent
-AXES = ("politeness", "meaningfulness", "actionability", "safety")
 MARKS = (0, 0.25, 0.5, 0.75, 1)
 CORRELATION_LIMIT = 0.6  # above it, two axes would teach the reward model one thing
 ALIKE_LIMIT = 0.5  # of all runs of three words, the share that two texts have in common
@@ -44,7 +44,15 @@ class Settings:
 
 
 def marks(rows: list[dict]) -> np.ndarray:
-    """Scores of rows, (rows, 4)."""
+    """Scores of rows, (rows, 4).
+
+    Raises:
+        UserError: a row that does not label all four axes.
+    """
+    for number, row in enumerate(rows, 1):
+        missing = [axis for axis in AXES if axis not in row["scores"]]
+        require(not missing, f"row {number} has no score of {', '.join(missing)}; "
+                "every row here labels the four axes")
     return np.array([[row["scores"][axis] for axis in AXES] for row in rows])
 
 
@@ -97,8 +105,9 @@ def alike(texts: list[tuple[str, str]], limit: float) -> list[tuple[float, str, 
 def sides(rows: list[dict], prompts: list[dict]) -> tuple[list, list]:
     """(side, text) of all prompts, and of all responses: no side may know another."""
     asked = dict.fromkeys((row.get("split", "?"), row["prompt"]) for row in rows)
-    # GRPO's training prompts may resemble the reward model's own, not the judge's.
-    asked |= dict.fromkeys((f"GRPO {row['split']}", row["prompt"]) for row in prompts)
+    # GRPO's prompts are sides of their own: no labelled prompt stands among them.
+    asked |= dict.fromkeys((f"GRPO {row.get('split', 'train')}", row["prompt"])
+                           for row in prompts)
     return list(asked), [(row.get("split", "?"), row["response"]) for row in rows]
 
 
@@ -141,7 +150,7 @@ def print_counts(rows: list[dict]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Print everything; refuse with the first broken limit."""
+    """Print everything, then refuse a file that breaks a limit."""
     settings = parse_settings(Settings, "Count and check the labels.", argv)
     rows = read_rows(settings.labels, responses=True, labels=True)
     print_counts(rows)

@@ -23,17 +23,20 @@ def curves(metrics: list[dict]) -> dict[str, dict[str, list[float]]]:
     axes = {"R": [m["R"] for m in metrics]}
     axes |= {axis: [m["axes"][axis]["mean"] for m in metrics]
              for axis in metrics[0]["axes"]}
-    return {
-        "scores by the reward model": axes,
-        "exact KL to the base, nats a token": {"KL": [m["kl"] for m in metrics]},
-        "response tokens": {"length": [m["length"] for m in metrics]},
-    }
+    panels = {"scores by the reward": axes,
+              "response tokens": {"length": [m["length"] for m in metrics]}}
+    if all("kl" in m for m in metrics):  # --beta 0 computes no reference
+        panels["exact KL to the base, nats a token"] = {
+            "KL": [m["kl"] for m in metrics]}
+    return panels
 
 
 def main(folder: Path) -> None:
     """Write curves.png."""
-    import matplotlib
-
+    try:
+        import matplotlib
+    except ImportError:
+        sys.exit("plot.py: error: matplotlib is missing: pip install matplotlib")
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

@@ -78,6 +78,13 @@ def test_agreement_compares_first_and_second_marks():
         check_labels.agreement([row()])
 
 
+def test_a_row_without_an_axis_is_refused():
+    part = row()
+    del part["scores"]["safety"]
+    with pytest.raises(UserError, match="row 2 has no score of safety"):
+        check_labels.marks([row(), part])
+
+
 def test_faults_are_named():
     assert check_labels.faults(spread(), 0) == []
     assert "3 texts are alike" in check_labels.faults(spread(), 3)[0]

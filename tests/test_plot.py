@@ -41,6 +41,19 @@ def test_the_running_mean_looks_back_ten_steps(monkeypatch):
     assert means[19] == 14.5  # of 10 to 19
 
 
+def test_a_run_without_a_reference_has_no_kl_panel(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(PROGRAM.parent)
+    import plot
+
+    write_run(tmp_path)
+    metrics = [json.loads(x) for x in
+               (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert len(plot.curves(metrics)) == 3
+    for line in metrics:
+        del line["kl"]
+    assert len(plot.curves(metrics)) == 2
+
+
 def test_a_folder_without_a_run_is_refused_in_one_line(tmp_path):
     end = run_plot(str(tmp_path))
     assert end.returncode == 2
