@@ -680,7 +680,7 @@ def evaluate(run: Run, prompts: list[Prompt], title: str) -> tuple[dict, list[st
 
 
 def distinct_3_grams(texts: list[str]) -> float:
-    """Share of runs of three words that are unlike any other.
+    """Different runs of three words, as a share of all runs.
 
     It falls when a policy has found one good sentence and says it to everybody.
     """

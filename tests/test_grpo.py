@@ -720,7 +720,7 @@ def test_reported_kl_and_entropy_are_exact_over_the_vocabulary():
     assert grpo.against_base(run, batch) == pytest.approx((kl, surprise), rel=1e-10)
 
 
-def test_distinct_3_grams_counts_runs_that_are_unlike_any_other():
+def test_distinct_3_grams_are_different_runs_over_all_runs():
     assert grpo.distinct_3_grams(["a b c d", "a b c d"]) == 2 / 4
     assert grpo.distinct_3_grams(["a b c", "b c d", "one"]) == 1
     assert grpo.distinct_3_grams(["one two"]) == 0
