@@ -300,13 +300,31 @@ def train_step(scorer: RewardModel, batch: list[Group]) -> float:
     total = 0.0
     for group in batch:
         with scorer.model.shared_prefix(group.prompt) as prefix:
-            scores = scorer.forward(group.prompt, group.responses, prefix)
-            labels = group.labels.to(scores)
-            loss = regression_loss(scores, labels) / count
-            loss.backward()
-            total += loss.item()
+            for part in short_and_long([len(r) for r in group.responses]):
+                scores = scorer.forward(
+                    group.prompt, [group.responses[i] for i in part], prefix)
+                labels = group.labels[part].to(scores)
+                loss = regression_loss(scores, labels) / count
+                loss.backward()
+                total += loss.item()
     require(math.isfinite(total), "the reward model's loss is not finite; lower --lr")
     return total
+
+
+def short_and_long(lengths: list[int]) -> list[list[int]]:
+    """Numbers of the rows in two parts that need the least padding.
+
+    All in one batch, every row costs as much as the longest. Answers of 1 to 94 words
+    then are 45% padding; in two parts they are a fifth.
+    """
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+
+    def tokens(cut: int) -> int:
+        """Size of both parts, padded."""
+        return cut * lengths[order[cut - 1]] + (len(order) - cut) * lengths[order[-1]]
+
+    best = min(range(1, len(order) + 1), key=tokens)
+    return [part for part in (order[:best], order[best:]) if part]
 
 
 # -------------------------------------------------------------------------- judgement

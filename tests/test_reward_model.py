@@ -1,7 +1,8 @@
 """Claims about reward_model.py.
 
 * [E1] The loss is the mean squared error over labelled axes alone; its gradient is that
-  of a naive reference with repeated prompts, however the rows are grouped.
+  of a naive reference with repeated prompts, however the rows are grouped; a group's
+  two parts need the least padding.
 * A row's score is its own: neither its neighbours nor its padding enter, and the head
   reads the hidden state of the response's last token.
 * What is saved loads with identical scores; altered, foreign and broken files do not.
@@ -11,6 +12,7 @@
 * The command line trains, scores a file, and refuses a bad row by file and line.
 """
 
+import itertools
 import json
 import math
 
@@ -126,6 +128,17 @@ def test_gradient_equals_the_naive_reference_however_rows_are_grouped():
         assert (found - wanted).norm() < 1e-12 * wanted.norm()
         for p in scorer.parameters():
             p.grad = None
+
+
+@pytest.mark.parametrize("lengths", [[7], [3, 3], [90, 4, 9], [5, 40, 1, 38, 12, 41]])
+def test_two_parts_hold_every_row_once_with_the_least_padding(lengths):
+    rows = range(len(lengths))
+    parts = reward_model.short_and_long(lengths)
+    assert sorted(row for part in parts for row in part) == list(rows)
+    padded = [sum(max(lengths[i] for i in part) * len(part) for part in way if part)
+              for n in rows for first in itertools.combinations(rows, n)
+              for way in [(first, [i for i in rows if i not in first])]]
+    assert sum(max(lengths[i] for i in p) * len(p) for p in parts) == min(padded)
 
 
 def test_a_loss_that_is_not_finite_is_refused():

@@ -1,0 +1,79 @@
+"""results/tables.py: every figure it prints is the run's own.
+
+* Scores before and after stand in the row of their run and judge; the mean of the axes
+  weighs them alike, whatever the weights of the run were.
+* The judge's gain is a share of the reward model's, where there is a judge and a gain.
+* Ten answers are drawn by seed 0, not picked, and keep to one line each.
+"""
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROGRAM = Path(__file__).parent.parent / "results" / "tables.py"
+
+
+@pytest.fixture
+def tables(monkeypatch):
+    monkeypatch.syspath_prepend(PROGRAM.parent)
+    import tables
+
+    return tables
+
+
+def side(a: float, b: float, judge: tuple[float, float] | None) -> dict:
+    found = {"reward_model": {"a": a, "b": b, "R": a}, "kl": 0.125,
+             "base_perplexity": 2.0, "distinct_3_grams": 0.5, "length": 40.0,
+             "cut_off": 0.25}
+    if judge:
+        found["judge"] = {"a": judge[0], "b": judge[1], "R": judge[0]}
+    return found
+
+
+def a_run(judge: bool = True) -> dict:
+    return {"before": side(0.2, 0.6, (0.3, 0.5) if judge else None),
+            "after": side(0.6, 0.5, (0.5, 0.5) if judge else None),
+            "answers": [{"prompt": f"p{i}", "before": f"b{i}\n* x", "after": f"a{i}"}
+                        for i in range(30)]}
+
+
+def test_scores_stand_in_the_row_of_their_judge(tables):
+    lines = tables.score_table({"one": a_run()})
+    assert lines[2:] == [
+        "| one | reward model | 0.200 → 0.600 | 0.600 → 0.500 | 0.400 → 0.550 |",
+        "| one | judge | 0.300 → 0.500 | 0.500 → 0.500 | 0.400 → 0.500 |"]
+    assert {line.count("|") for line in lines} == {6}
+
+
+def test_the_judges_gain_is_a_share_of_the_reward_models(tables):
+    lines = tables.text_table({"one": a_run(), "none": a_run(judge=False)})
+    assert "| 50% of the reward model's | 0.125 | 2.00 → 2.00 |" in lines[2]
+    assert "| none | – |" in lines[3]
+    assert len({line.count("|") for line in lines}) == 1
+
+
+def test_ten_answers_are_drawn_by_seed_0_on_a_line_each(tables):
+    lines = tables.answer_list(a_run())
+    wanted = random.Random(0).sample(range(30), 10)
+    assert [line for line in lines if "**" in line] == [
+        f"{n}. **p{i}**" for n, i in enumerate(wanted, 1)]
+    assert lines[1] == f"   * before: b{wanted[0]} * x"
+
+
+def test_a_folder_without_a_run_is_refused_in_one_line(tmp_path):
+    for words in ([], [str(tmp_path)]):
+        end = subprocess.run([sys.executable, str(PROGRAM), *words], check=False,
+                             capture_output=True, text=True)
+        assert end.returncode == 2
+        assert len(end.stderr.splitlines()) == 1
+
+
+def test_the_program_prints_all_parts(tmp_path):
+    (tmp_path / "summary.json").write_text(json.dumps(a_run()))
+    end = subprocess.run([sys.executable, str(PROGRAM), str(tmp_path)], check=True,
+                         capture_output=True, text=True)
+    assert end.stdout.count("\n\n") == 2
