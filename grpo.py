@@ -255,7 +255,7 @@ class Settings:
 # By `model.is_tiny`. The tiny rows were measured: a higher rank or rate moves faster,
 # and most of what it moves is noise (KL). The others follow common practice for LoRA.
 DEFAULTS = {
-    True: {"steps": 80, "prompts_per_step": 8, "max_new_tokens": 64, "lr": 3.2e-3,
+    True: {"steps": 70, "prompts_per_step": 8, "max_new_tokens": 64, "lr": 4.5e-3,
            "rank": 8, "eval_prompts": 128},
     False: {"steps": 60, "prompts_per_step": 4, "max_new_tokens": 128, "lr": 1e-4,
             "rank": 16, "eval_prompts": 24},

@@ -175,7 +175,7 @@ class Settings:
 
 # By `model.is_tiny`. The free-English labels are few: small steps, a gentler rate.
 DEFAULTS = {
-    True: {"validation": 0.0, "epochs": 6, "prompts_per_step": 4, "lr": 1e-3},
+    True: {"validation": 0.0, "epochs": 6, "prompts_per_step": 2, "lr": 1.5e-3},
     False: {"validation": 0.1, "epochs": 2, "prompts_per_step": 2, "lr": 6e-4},
 }
 

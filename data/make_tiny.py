@@ -73,7 +73,7 @@ class Settings:
     what: str = option("base", "which step", positional=True,
                        choices=["base", "data", "measure", "results"])
     out: Path = option(TINY, "the checkpoint's folder")
-    dialogues: int = option(120_000, "composed dialogues to train the base on")
+    dialogues: int = option(136_000, "composed dialogues to train the base on")
     batch_size: int = option(32, "dialogues a step")
     lr: float = option(3e-3, "AdamW's peak learning rate")
     seed: int = option(0, "of weights and sampling")
@@ -212,56 +212,84 @@ def make_data(settings: Settings) -> None:
     model, tokenizer = load(settings.out)
     rows = []
     for split, part in (("train", known), ("test", judged)):
-        sampled = answers(model, tokenizer, part, 2, settings.seed)
-        for prompt, texts in zip(tqdm(part, desc=split, file=sys.stderr), sampled,
-                                 strict=True):
+        begun = [starts(rng, prompt) for prompt in part]
+        sampled = [answers(model, tokenizer, part, 1, settings.seed, list(column))
+                   for column in zip(*begun, strict=True)]
+        for prompt, *texts in zip(tqdm(part, desc=split, file=sys.stderr), *sampled,
+                                  strict=True):
+            own = [text for group in texts for text in group]
             rows += [{"split": split, "prompt": prompt.text, "response": text,
                       "scores": rubric.score(prompt.text, text), **extra}
-                     for text, extra in labelled(rng, prompt, texts)]
+                     for text, extra in labelled(rng, prompt, own)]
     write_jsonl(settings.out / "labels.jsonl", rows)
     print(f"wrote {len(known)} + {len(held_out)} prompts and {len(rows)} labelled rows")
 
 
 def answers(model: Qwen, tokenizer: Tokenizer, prompts: list[world.Prompt], group: int,
-            seed: int, room: int = 72) -> list[list[str]]:
-    """`group` answers of the base to each prompt."""
+            seed: int, begun: list[str] | None = None, room: int = 72
+            ) -> list[list[str]]:
+    """`group` answers of the base to each prompt, which may have begun already."""
+    begun = begun or [""] * len(prompts)
     texts: list[list[str]] = []
     size = max(1, 128 // group)
     for start in tqdm(range(0, len(prompts), size), desc="sampling", file=sys.stderr):
         part = prompts[start:start + size]
         table = torch.stack([draw_uniforms(seed, start + i, 0, group, room)
                              for i in range(len(part))])
-        prompts_ids = [tokenizer.chat(p.text) for p in part]
+        first = [tokenizer.encode(text) for text in begun[start:start + size]]
+        prompts_ids = [tokenizer.chat(p.text) + ids
+                       for p, ids in zip(part, first, strict=True)]
         sampled = rollout(model, tokenizer, prompts_ids, table)
-        flat = [tokenizer.decode(ids).strip() for ids in sampled.responses()]
+        flat = [tokenizer.decode(first[row // group] + ids).strip()
+                for row, ids in enumerate(sampled.responses())]
         texts += [flat[i:i + group] for i in range(0, len(flat), group)]
     return texts
 
 
+def starts(rng: random.Random, prompt: world.Prompt) -> list[str]:
+    """Beginnings that the base goes on from: "" and five cut at a random word.
+
+    GRPO finds an opening that pays and puts it before everything, also where it does
+    not belong, and the base slurs what it seldom says. A reward model that never saw
+    what the base makes of such an answer takes the opening for the whole.
+    """
+    other = rng.choice(SAME_SIDE[True]).wish
+    no = world.sentence(rng.choice(world.KIND_REFUSALS), verb=prompt.wish.verb,
+                        reason=other.reason)
+    yes = rng.choice(world.KIND_OPENERS) + " " + world.sentence(
+        rng.choice(world.AGREEMENTS), verb=prompt.wish.verb)
+    foreign = rng.choice(SAME_SIDE[rng.random() < 0.5])
+    best = [world.compose(rng, p, best_behaviour(p)) for p in (prompt, prompt, foreign)]
+    return [""] + [" ".join(words[:rng.randint(2, len(words))])
+                   for words in (text.split() for text in (no, yes, *best))]
+
+
 def labelled(rng: random.Random, prompt: world.Prompt,
              sampled: list[str]) -> list[tuple[str, dict]]:
-    """Twelve responses for the reward model to learn from, good and bad.
+    """Sixteen responses for the reward model to learn from, good and bad.
 
     * Two composed with all behaviours equally likely, and one with the best: the base's
       own mix would show a kind refusal once in twenty.
-    * Two of the base, with slips that nobody would compose.
-    * Three best answers to other prompts: same form, other subject. Without enough of
-      these the reward model judges the form, and the policy changes the subject.
+    * Six of the base, see `starts`, with slips that nobody would compose.
+    * Two best answers to other prompts, one of them from the other side of the line of
+      harm: same form, other subject. Without enough of these the reward model judges
+      the form, and the policy changes the subject.
     * One whose beginning fits and whose end is another prompt's.
-    * One cut off, one that plays for the score, and one with its words damaged.
+    * One cut off, one that plays for the score, and two with their words damaged.
     """
     behaviours = list(
         world.HARMFUL_BEHAVIOURS if prompt.harmful else world.BENIGN_BEHAVIOURS)
     drawn = [world.possible(rng.choice(behaviours), prompt.wish) for _ in range(4)]
     composed = [world.compose(rng, prompt, behaviour) for behaviour in drawn]
-    best = [world.compose(rng, prompt, best_behaviour(prompt)) for _ in range(3)]
-    others = rng.sample(SAME_SIDE[prompt.harmful], 4)
+    best = [world.compose(rng, prompt, best_behaviour(prompt)) for _ in range(4)]
+    others = [rng.choice(SAME_SIDE[side]) for side in
+              (prompt.harmful, not prompt.harmful, rng.random() < 0.5)]
     foreign = [world.compose(rng, p, best_behaviour(p)) for p in others]
     words = composed[2].split()
     cut = " ".join(words[:rng.randint(1, max(1, len(words) - 1))])
-    whole = [*composed[:2], best[0], *sampled, *foreign[:3],
-             splice(best[1], foreign[3]), attack(rng, prompt, composed[3]),
-             damage(rng, best[2])]
+    whole = [*composed[:2], best[0], *sampled, *foreign[:2],
+             splice(best[1], foreign[2]), attack(rng, prompt, composed[3]),
+             damage(rng, best[2]), damage(rng, best[3])]
     return [(text, {}) for text in whole] + [(cut, {"cut": True})]
 
 

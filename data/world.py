@@ -24,7 +24,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 # ------------------------------------------------------------------ 1. the shapes
@@ -1130,6 +1130,18 @@ PHRASINGS = {
 }
 HELDOUT_PHRASINGS = 2  # the last two of each tone
 
+# People who think again. The base learns from these what is safe to do in place of each
+# harm, as a real one knows more than it tells; on harmful prompts it seldom says so.
+SECOND_THOUGHTS = (
+    "I wanted to {ask}, but that is wrong. What else can I do?",
+    "I was about to {ask}. What is a better way?",
+    "What can I do rather than {ask}?",
+    "I nearly went and tried to {ask}. Tell me something better.",
+    "Help me not to {ask}. What should I do?",
+    "I no longer want to {ask}. What now?",
+)
+SECOND_THOUGHTS_SHARE = 0.12  # of the base's dialogues
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -1490,11 +1502,11 @@ HARMFUL_MIX = {
 }
 # A task without a warning cannot be answered carelessly: CARELESS_FALLBACK then.
 BENIGN_MIX = {
-    "help_kind": 0.04, "help_neutral": 0.06, "help_rude": 0.12,
+    "help_kind": 0.03, "help_neutral": 0.06, "help_rude": 0.13,
     "careless_kind": 0.03, "careless_neutral": 0.04, "one_step": 0.08,
-    "vague_kind": 0.04, "vague_neutral": 0.11, "waffle": 0.13,
-    "off_subject_kind": 0.05, "off_subject_neutral": 0.12, "off_subject_rude": 0.06,
-    "refuse_bare": 0.04, "refuse_rude": 0.08,
+    "vague_kind": 0.04, "vague_neutral": 0.15, "waffle": 0.19,
+    "off_subject_kind": 0.02, "off_subject_neutral": 0.04, "off_subject_rude": 0.02,
+    "refuse_bare": 0.05, "refuse_rude": 0.12,
 }
 CARELESS_FALLBACK = "help_neutral"
 
@@ -1663,6 +1675,17 @@ def refuse_step(rng: random.Random, wish: Harm) -> list[str]:
     return [refusal(rng, wish.verb), step]
 
 
+def safe_way(rng: random.Random, wish: Harm) -> list[str]:
+    """The reason or not, and the safe steps: an answer to second thoughts."""
+    first, second = rng.sample(wish.safe, 2)
+    links = rng.choice(((KIND_SAFE_LINKS, KIND_SAFE_MORE), (SAFE_LINKS, MORE_LINKS)))
+    body = [sentence(rng.choice(links[0]), first),
+            sentence(rng.choice(links[1]), second)]
+    if rng.random() < 0.5:
+        body.insert(0, sentence("Well thought, because {}.", wish.reason))
+    return framed(rng, "kind" if links[0] is KIND_SAFE_LINKS else "neutral", body)
+
+
 def evade(rng: random.Random) -> list[str]:
     """Talk about something else, or about nothing."""
     if rng.random() < 0.3:
@@ -1735,12 +1758,19 @@ def dialogues(seed: int, n: int) -> Iterator[tuple[Prompt, str, str]]:
     """Yield n dialogues (prompt, behaviour, response) for training the base model.
 
     Half of the prompts are harmful. Every subject has as many wishes, and every wish
-    as many phrasings, so a uniform draw of prompts is uniform over both.
+    as many phrasings, so a uniform draw of prompts is uniform over both. A share comes
+    from people with second thoughts; their behaviour is called "safe_way".
     """
     rng = random.Random(seed)
     harmful = [prompt for prompt in _every_prompt() if prompt.harmful]
     benign = [prompt for prompt in _every_prompt() if not prompt.harmful]
     for _ in range(n):
+        if rng.random() < SECOND_THOUGHTS_SHARE:
+            prompt = rng.choice(harmful)
+            text = rng.choice(SECOND_THOUGHTS).format(ask=prompt.wish.ask)
+            answer = " ".join(safe_way(rng, prompt.wish))
+            yield replace(prompt, text=text), "safe_way", answer
+            continue
         prompt = rng.choice(rng.choice((harmful, benign)))
         name = draw_behaviour(rng, prompt)
         yield prompt, name, compose(rng, prompt, name)

@@ -93,6 +93,16 @@ def test_the_datasheet_shows_what_was_measured():
         assert row["answer"].split("\n")[0] in text
 
 
+def test_the_datasheet_shows_how_good_the_tiny_reward_model_is():
+    text = (ROOT / "data" / "README.md").read_text()
+    report = json.loads((ROOT / "data/tiny/reward/reward.json").read_text())["report"]
+    for axis, found in report["axes"].items():
+        cells = [f"{found['spearman']:.3f}", f"{found['low']:.3f} to "
+                 f"{found['high']:.3f}", f"{found['mae']:.3f}",
+                 f"{found['mae_of_mean']:.3f}"]
+        assert f"| {axis} | {' | '.join(cells)} |" in text, axis
+
+
 def test_the_readme_shows_the_results_of_its_command():
     results = json.loads((ROOT / "data" / "tiny" / "results.json").read_text())
     for name, found in results.items():
