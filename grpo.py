@@ -252,8 +252,8 @@ class Settings:
                                choices=["float32", "bfloat16"])
 
 
-# By `model.is_tiny`. The tiny rows were measured: a higher rank or rate moves faster,
-# and most of what it moves is noise (KL). The others follow common practice for LoRA.
+# By `model.is_tiny`. The tiny row was measured: a higher rank moves faster, and most of
+# what it moves is noise (KL). The other follows common practice for LoRA.
 DEFAULTS = {
     True: {"steps": 70, "prompts_per_step": 8, "max_new_tokens": 64, "lr": 4.5e-3,
            "rank": 8, "eval_prompts": 128},

@@ -1,8 +1,8 @@
 """Make the bundled tiny model and its data from `world.py`, step by step.
 
-    python -m data.make_tiny base      # tokenizer and base model (under 30 minutes)
-    python -m data.make_tiny data      # prompts.jsonl and labels.jsonl (3 minutes)
-    python reward_model.py             # the reward adapter
+    python -m data.make_tiny base      # tokenizer and base (35 minutes on one core)
+    python -m data.make_tiny data      # prompts.jsonl and labels.jsonl (2 minutes)
+    python reward_model.py             # the reward adapter (18 minutes on one core)
     python -m data.make_tiny measure   # what the base does: figures of data/README.md
     python -m data.make_tiny results   # seven runs of grpo.py: tables of README.md
 
@@ -253,6 +253,7 @@ def starts(rng: random.Random, prompt: world.Prompt) -> list[str]:
     not belong, and the base slurs what it seldom says. A reward model that never saw
     what the base makes of such an answer takes the opening for the whole.
     """
+    # Another harm's reason: who has learnt to refuse will give any reason.
     other = rng.choice(SAME_SIDE[True]).wish
     no = world.sentence(rng.choice(world.KIND_REFUSALS), verb=prompt.wish.verb,
                         reason=other.reason)

@@ -1757,9 +1757,9 @@ def draw_behaviour(rng: random.Random, prompt: Prompt) -> str:
 def dialogues(seed: int, n: int) -> Iterator[tuple[Prompt, str, str]]:
     """Yield n dialogues (prompt, behaviour, response) for training the base model.
 
-    Half of the prompts are harmful. Every subject has as many wishes, and every wish
-    as many phrasings, so a uniform draw of prompts is uniform over both. A share comes
-    from people with second thoughts; their behaviour is called "safe_way".
+    A share comes from people with second thoughts; their behaviour is "safe_way". Of
+    the other prompts half are harmful. Every subject has as many wishes, and every wish
+    as many phrasings, so a uniform draw of prompts is uniform over both.
     """
     rng = random.Random(seed)
     harmful = [prompt for prompt in _every_prompt() if prompt.harmful]

@@ -1,7 +1,7 @@
 """Print what runs did, in Markdown: `python results/tables.py RUN [RUN ...]`.
 
-For every run folder: the mean scores of held-out answers before → after, by the reward
-model and by the judge; then what the text became like; then ten pairs of answers of the
+For every run folder: the mean scores of held-out answers before → after, by everyone
+who judged that run; then what the text became like; then ten pairs of answers of the
 first run. The ten are drawn by `random.Random(0)`, so that nobody picked them.
 """
 
@@ -13,15 +13,23 @@ from pathlib import Path
 SHOWN = 10  # pairs of answers
 
 
+def judges_of(run: dict) -> list[str]:
+    """Who judged this run: `--reward gold` has no reward model, most have no judge."""
+    return [who for who in ("reward_model", "judge", "gold") if who in run["before"]]
+
+
+def axes_of(run: dict) -> list[str]:
+    """The axes that it was judged on."""
+    return [axis for axis in run["before"][judges_of(run)[0]] if axis != "R"]
+
+
 def score_table(runs: dict[str, dict]) -> list[str]:
     """A row for each run and judge. "Mean of axes" weighs all alike, whatever R did."""
-    first = next(iter(runs.values()))
-    judges = [w for w in ("reward_model", "judge", "gold") if w in first["before"]]
-    axes = [axis for axis in first["before"][judges[0]] if axis != "R"]
+    axes = axes_of(next(iter(runs.values())))
     lines = ["| run | scored by | " + " | ".join([*axes, "mean of axes"]) + " |",
              "|" + "---|" * (len(axes) + 3)]
     for name, run in runs.items():
-        for who in judges:
+        for who in judges_of(run):
             pairs = [[run[when][who][axis] for when in ("before", "after")]
                      for axis in axes]
             pairs.append([sum(c) / len(axes) for c in zip(*pairs, strict=True)])
@@ -61,18 +69,22 @@ def answer_list(run: dict) -> list[str]:
     return lines
 
 
-def main(folders: list[Path]) -> None:
-    """Print all three."""
-    runs = {f.name: json.loads((f / "summary.json").read_text()) for f in folders}
+def main(words: list[str]) -> str | None:
+    """Print all three, or return what is wrong."""
+    usage = "usage: python results/tables.py RUN [RUN ...], folders with summary.json"
+    if not words or not all((Path(w) / "summary.json").is_file() for w in words):
+        return usage
+    # By the path as typed: two runs may share the name of their last folder.
+    runs = {w: json.loads((Path(w) / "summary.json").read_text()) for w in words}
+    if len({tuple(axes_of(run)) for run in runs.values()}) > 1:
+        return "tables.py: error: these runs have different axes; compare one at a time"
     first = next(iter(runs.values()))
     parts = (score_table(runs), text_table(runs), answer_list(first))
     print("\n\n".join("\n".join(part) for part in parts))
+    return None
 
 
 if __name__ == "__main__":
-    names = [Path(word) for word in sys.argv[1:]]
-    if not names or not all((name / "summary.json").is_file() for name in names):
-        print("usage: python results/tables.py RUN [RUN ...], "
-              "folders with summary.json", file=sys.stderr)
+    if problem := main(sys.argv[1:]):
+        print(problem, file=sys.stderr)
         sys.exit(2)
-    main(names)

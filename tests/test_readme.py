@@ -80,12 +80,20 @@ def test_options_in_the_commands_exist(program, settings):
             assert set(re.findall(r"(--[\w-]+)", command)) <= known, command
 
 
+def test_a_checksum_has_64_digits():
+    for document in DOCUMENTS:
+        for digits in re.findall(r"\b[0-9a-f]{48,}\b", document.read_text()):
+            assert len(digits) == 64, digits
+
+
 def test_the_datasheet_shows_what_was_measured():
     text = (ROOT / "data" / "README.md").read_text()
     figures = json.loads((ROOT / "data" / "tiny" / "measured.json").read_text())
     for side, shares in figures["shares"].items():
         for kind, share in shares.items():
             assert f"| {side} | {kind} | {share:.1%} |" in text, (side, kind)
+    for axis, value in figures["gold"].items():
+        assert re.search(rf"{axis}\s+{value:.3f}", text), axis
     for key in ("R", "R_best_of_64", "perplexity"):
         assert f"{figures[key]:.3f}" in text, key
     assert f"{figures['new_8_grams']:.1%}" in text
@@ -110,4 +118,11 @@ def test_the_readme_shows_the_results_of_its_command():
         cells = [f"{before[k]:.2f} → {after[k]:.2f}" for k in
                  ("R", "politeness", "meaningfulness", "actionability", "safety")]
         cells.insert(1, f"{found['gap_closed']:.0%}")
+        cells += [f"{found['after']['kl']:.3f}", f"{found['distinct_of_8']:.1f}"]
         assert f"| {name} | {' | '.join(cells)} |" in README, name
+    first = results["equal, seed 0"]
+    for who in ("reward_model", "gold"):
+        for axis, old in first["before"][who].items():
+            new = first["after"][who][axis]
+            assert re.search(rf"{who} {axis} +{old:.3f} +{new:.3f} +"
+                             rf"{re.escape(f'{new - old:+.3f}')}\n", README), axis

@@ -64,6 +64,35 @@ def test_ten_answers_are_drawn_by_seed_0_on_a_line_each(tables):
     assert lines[1] == f"   * before: b{wanted[0]} * x"
 
 
+def test_every_run_shows_its_own_judges_under_the_path_that_was_typed(tables, tmp_path,
+                                                                    capsys):
+    gold = a_run()
+    for when in ("before", "after"):
+        gold[when]["gold"] = gold[when].pop("reward_model")
+    names = []
+    for folder, run in (("x", a_run(judge=False)), ("y", gold)):
+        names.append(str(tmp_path / folder / "same"))
+        (tmp_path / folder / "same").mkdir(parents=True)
+        (tmp_path / folder / "same" / "summary.json").write_text(json.dumps(run))
+    for order in (names, names[::-1]):
+        assert tables.main(order) is None
+        printed = capsys.readouterr().out
+        assert f"| {names[0]} | reward model |" in printed
+        assert f"| {names[1]} | judge |" in printed
+        assert f"| {names[1]} | gold |" in printed
+
+
+def test_runs_of_different_axes_are_refused(tables, tmp_path):
+    for name, run in (("a", a_run()), ("b", a_run(judge=False))):
+        if name == "b":
+            for when in ("before", "after"):
+                run[when]["reward_model"]["c"] = 0.5
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "summary.json").write_text(json.dumps(run))
+    problem = tables.main([str(tmp_path / "a"), str(tmp_path / "b")])
+    assert "different axes" in problem
+
+
 def test_a_folder_without_a_run_is_refused_in_one_line(tmp_path):
     for words in ([], [str(tmp_path)]):
         end = subprocess.run([sys.executable, str(PROGRAM), *words], check=False,
