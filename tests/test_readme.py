@@ -16,6 +16,7 @@ import pytest
 import grpo
 import reward_model
 import sample
+from data import make_tiny
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -111,15 +112,11 @@ def test_the_datasheet_shows_how_good_the_tiny_reward_model_is():
         assert f"| {axis} | {' | '.join(cells)} |" in text, axis
 
 
-def test_the_readme_shows_the_results_of_its_command():
+def test_the_readme_shows_the_results_of_its_command(capsys):
     results = json.loads((ROOT / "data" / "tiny" / "results.json").read_text())
-    for name, found in results.items():
-        before, after = found["before"]["gold"], found["after"]["gold"]
-        cells = [f"{before[k]:.2f} → {after[k]:.2f}" for k in
-                 ("R", "politeness", "meaningfulness", "actionability", "safety")]
-        cells.insert(1, f"{found['gap_closed']:.0%}")
-        cells += [f"{found['after']['kl']:.3f}", f"{found['distinct_of_8']:.1f}"]
-        assert f"| {name} | {' | '.join(cells)} |" in README, name
+    make_tiny.print_results(results)
+    for line in capsys.readouterr().out.splitlines():
+        assert line in README
     first = results["equal, seed 0"]
     for who in ("reward_model", "gold"):
         for axis, old in first["before"][who].items():
