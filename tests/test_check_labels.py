@@ -122,7 +122,7 @@ def test_there_are_enough_of_them(labels):
         assert shares[split] == pytest.approx(share, abs=0.02)
     lengths = [len(r["response"].split()) for r in labels]
     assert max(lengths) <= 95
-    assert 0.05 < np.mean([bool(r.get("cut")) for r in labels]) < 0.20
+    assert 0.05 < np.mean([bool(r.get("cut")) for r in labels]) < 0.15
 
 
 def test_every_prompt_lies_in_one_split_and_one_category(labels):
