@@ -68,13 +68,15 @@ class LoRALinear(nn.Module):
         return y + change.to(y.dtype)
 
 
-def attach(model: Qwen, name: str, rank: int, alpha: float, seed: int = 0) -> None:
+def attach(model: Qwen, name: str, rank: int, alpha: float, seed: int = 0,
+           depth: int | None = None) -> None:
     """Add an adapter called `name` to all seven projections of every block.
 
     Args:
         rank: r, the width of the bottleneck.
         alpha: α; the change is scaled by α / r, so that r can vary with lr fixed.
         seed: of A, which starts uniform in ±1/sqrt(in) (PEFT's default).
+        depth: only in so many blocks, counted from below.
 
     Raises:
         UserError: rank < 1, or an adapter of that name is there already.
@@ -89,11 +91,12 @@ def attach(model: Qwen, name: str, rank: int, alpha: float, seed: int = 0) -> No
                     if projection in PROJECTIONS:
                         setattr(part, projection, LoRALinear(layer, model.speaker))
     require(name not in model.adapters, f"there is an adapter {name!r} already")
-    model.adapters[name] = {"rank": rank, "alpha": alpha}
+    depth = depth or model.config.num_hidden_layers
+    model.adapters[name] = {"rank": rank, "alpha": alpha, "depth": depth}
     generator = torch.Generator().manual_seed(seed)
     # float64 bases exist only in tests, whose tolerances fp32 adapters would spoil.
     dtype = torch.promote_types(torch.float32, model.unembed.dtype)
-    for layer in layers(model).values():
+    for layer in layers(model.model.layers[:depth]).values():
         out, width = layer.base.weight.shape
         bound = 1 / math.sqrt(width)
         a = torch.empty(rank, width).uniform_(-bound, bound, generator=generator)
@@ -106,7 +109,7 @@ def attach(model: Qwen, name: str, rank: int, alpha: float, seed: int = 0) -> No
 def detach(model: Qwen, name: str) -> None:
     """Remove an adapter."""
     del model.adapters[name]
-    for layer in layers(model).values():
+    for layer in layers(model, name).values():
         del layer.lora_A[name], layer.lora_B[name], layer.scale[name]
 
 
@@ -130,15 +133,15 @@ def using(model: Qwen, name: str | None) -> Iterator[None]:
         model.speaker.name = before
 
 
-def layers(model: Qwen) -> dict[str, LoRALinear]:
-    """Name in the model → its LoRA layer, in the model's order."""
-    return {name: layer for name, layer in model.named_modules()
-            if isinstance(layer, LoRALinear)}
+def layers(model: nn.Module, name: str | None = None) -> dict[str, LoRALinear]:
+    """Path in the model → its LoRA layer, in order; with a name, those that hold it."""
+    return {path: layer for path, layer in model.named_modules()
+            if isinstance(layer, LoRALinear) and (name is None or name in layer.scale)}
 
 
 def parameters(model: Qwen, name: str) -> list[nn.Parameter]:
     """The trainable tensors of an adapter, A and B of each layer in turn."""
-    return [p for layer in layers(model).values()
+    return [p for layer in layers(model, name).values()
             for p in (layer.lora_A[name], layer.lora_B[name])]
 
 
@@ -155,7 +158,7 @@ def save(model: Qwen, name: str, folder: Path, base: str) -> None:
     SHA256SUMS covers every file.
     """
     tensors = {}
-    for path, layer in layers(model).items():
+    for path, layer in layers(model, name).items():
         for part in ("lora_A", "lora_B"):
             weight = getattr(layer, part)[name].detach().cpu().contiguous()
             tensors[f"base_model.model.{path}.{part}.weight"] = weight
@@ -167,6 +170,8 @@ def save(model: Qwen, name: str, folder: Path, base: str) -> None:
         "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False,
         "use_rslora": False, "use_dora": False,
     }
+    if settings["depth"] < model.config.num_hidden_layers:
+        config["layers_to_transform"] = list(range(settings["depth"]))
     # One entry only: safetensors writes several in random order, and the same adapter
     # should be the same bytes.
     metadata = {"base_fingerprint": fingerprint(model)}
@@ -227,7 +232,7 @@ def _check_pairs(tensors: dict[str, Tensor], rank: int, path: Path) -> None:
 
 def _fill(model: Qwen, name: str, tensors: dict[str, Tensor], path: Path) -> None:
     expected = {f"base_model.model.{where}.{part}.weight": getattr(layer, part)[name]
-                for where, layer in layers(model).items()
+                for where, layer in layers(model, name).items()
                 for part in ("lora_A", "lora_B")}
     # An adapter may leave layers out; B = 0 there says the same.
     unknown = tensors.keys() - expected.keys()
@@ -251,7 +256,7 @@ def merged(model: Qwen, name: str) -> dict[str, Tensor]:
     The sum is taken in fp32 and rounded once; the model itself stays as it is.
     """
     weights = {key: value.clone() for key, value in base_parameters(model).items()}
-    for path, layer in layers(model).items():
+    for path, layer in layers(model, name).items():
         change = layer.lora_B[name] @ layer.lora_A[name] * layer.scale[name]
         old = layer.base.weight
         weights[f"{path}.weight"] = (old.to(change.dtype) + change).to(old.dtype)

@@ -373,13 +373,14 @@ class Qwen(nn.Module):
 
         Args:
             tokens: padded on the right, if at all; what stands there is never seen.
-            cache: a prefix of one prompt (shared by all rows), or of B prompts.
+            cache: a prefix of one prompt (shared by all rows), or of B prompts; if it
+                has fewer layers than the model, the pass ends after these.
         """
         cache = cache or Cache(self.config.num_hidden_layers)
         positions = cache.prepare(tokens)  # (B, T)
         x = self.model.embed_tokens(tokens)  # (B, T, D)
         angles = rotary(positions, self.config, x.dtype)
-        for index, block in enumerate(self.model.layers):
+        for index, block in enumerate(self.model.layers[:len(cache.keys)]):
             x = block(x, angles, index, cache)
         if cache.store or cache.in_place:
             cache.length += tokens.shape[1]
@@ -389,12 +390,16 @@ class Qwen(nn.Module):
         """hidden (B, T, D) → (B, T, V). Mind the size: training uses `logprob.py`."""
         return hidden @ self.unembed.T
 
-    def prefill(self, prompts: list[list[int]]) -> Cache:
-        """Keys and values of prompts of any length, padded on the left to S."""
+    def prefill(self, prompts: list[list[int]], depth: int | None = None) -> Cache:
+        """Keys and values of prompts of any length, padded on the left to S.
+
+        Args:
+            depth: only of so many layers, counted from below.
+        """
         longest = max(map(len, prompts))
         padding = [longest - len(p) for p in prompts]
         rows = [[0] * n + p for n, p in zip(padding, prompts, strict=True)]
-        cache = Cache(self.config.num_hidden_layers,
+        cache = Cache(depth or self.config.num_hidden_layers,
                       torch.tensor(padding, device=self.device))
         cache.store = True
         if longest:
@@ -403,7 +408,8 @@ class Qwen(nn.Module):
         return cache
 
     @contextlib.contextmanager
-    def shared_prefix(self, prompt: list[int]) -> Iterator[Cache]:
+    def shared_prefix(self, prompt: list[int],
+                      depth: int | None = None) -> Iterator[Cache]:
         """Compute prompt[:-1] once for every row and micro-batch of its group.
 
         Rows start with the prompt's last token, so that each response's first logit
@@ -412,7 +418,7 @@ class Qwen(nn.Module):
         one backward pass through the prefix follows on leaving the block. The sum is
         the gradient of the repeated prompt: d loss/d θ = ∂/∂θ + (∂ loss/∂ KV)(∂ KV/∂θ).
         """
-        prefix = self.prefill([prompt[:-1]])
+        prefix = self.prefill([prompt[:-1]], depth)
         if not torch.is_grad_enabled() or not prefix.length or not any(
                 k.requires_grad for k in prefix.keys):
             yield prefix

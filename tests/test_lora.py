@@ -106,6 +106,28 @@ def test_a_starts_from_the_seed_alone_within_pefts_bounds(checkpoint):
         assert a.mean().abs() < 0.2 * bound
 
 
+def test_a_shallow_adapter_changes_the_lower_blocks_alone(checkpoint, tmp_path):
+    model = load(checkpoint("qwen2-tied"))
+    lora.attach(model, "policy", 2, 4, seed=1)  # another one, in all blocks
+    lora.attach(model, "reward", 2, 4, seed=1, depth=1)
+    assert len(lora.parameters(model, "reward")) == 2 * 7
+    for layer in lora.layers(model, "reward").values():
+        layer.lora_B["reward"].data.fill_(0.1)
+    lora.save(model, "reward", tmp_path / "out", "base")
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["layers_to_transform"] == [0]
+    with safetensors.safe_open(tmp_path / "out" / "adapter_model.safetensors",
+                               "pt") as file:
+        assert len(file.keys()) == 2 * 7
+        assert all(".layers.0." in key for key in file.keys())
+    again = load(checkpoint("qwen2-tied"))
+    lora.load(again, "reward", tmp_path / "out")
+    assert torch.equal(logits(again, "reward"), logits(model, "reward"))
+    assert not torch.equal(logits(model, "reward"), logits(model))
+    lora.detach(model, "reward")
+    assert len(lora.parameters(model, "policy")) == 2 * 7 * 2
+
+
 @pytest.mark.parametrize(("name", "rank", "message"), [
     ("policy", 2, "there is an adapter 'policy' already"), ("new", 0, "rank is 0")])
 def test_a_bad_attachment_is_refused(checkpoint, name, rank, message):

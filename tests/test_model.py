@@ -197,6 +197,21 @@ def test_rows_behind_a_cached_prompt_equal_whole_rows(wide, variant):
     assert all(map(torch.equal, before, prefix.keys + prefix.values))
 
 
+@every_variant
+def test_a_prefix_of_fewer_layers_ends_the_pass_after_these(wide, variant):
+    prompt, row = ids(1, 9, 6)
+    seen = []
+    hook = wide.model.layers[0].register_forward_hook(
+        lambda block, given, out: seen.append(out[0]))
+    with torch.no_grad():
+        hidden_of(wide, prompt + row)
+        hook.remove()
+        with wide.shared_prefix(prompt, depth=1) as prefix:
+            hidden = wide(torch.tensor([prompt[-1:] + row]), prefix)[0]
+        assert len(prefix.keys) == 1
+        assert close(hidden, wide.model.norm(seen[0])[len(prompt) - 1:])
+
+
 @pytest.mark.parametrize("variant", ["qwen2-tied", "qwen3-untied"])
 def test_right_padding_changes_nothing(wide, variant):
     prompt, row, junk = ids(2, 5, 6, 7)
