@@ -9,11 +9,13 @@ better than that one", learns one number on no scale. Here every axis has a scal
 people agreed on (a rubric), the axes stay apart, and their weights can change after
 training. `python grpo.py --weights safety=2` needs no new reward model.
 
-The reward model is a role of the one frozen base: adapter `reward` and a head on the
-hidden state of the response's last token.
+The reward model is a role of the one frozen base: adapter `reward` in its lower layers,
+and a head that reads their output over the response, at its last token and on average.
+(The upper layers turn towards the next token; what a text is like is easiest to read in
+the middle. README.md has the measurements.)
 
-[E1]   s_k = sigmoid(w_k · h_last + b_k)
-       L   = mean over labelled (row, axis) of (s_k − label_k)²
+[E1]   s_k = sigmoid(w_k · z + b_k)      z = [h_last, h_mean], standardised
+       L   = − mean over labelled (row, axis) of y log s_k + (1 − y) log (1 − s_k)
 
 It scores the ids that were sampled, never re-encoded text: the same text may have many
 encodings, and the policy's own is what it is paid for. A response that the length limit
@@ -36,6 +38,7 @@ from pathlib import Path
 import numpy as np
 import safetensors.torch
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -72,36 +75,54 @@ from run import (
 
 
 class RewardModel:
-    """K scores in (0, 1) from the base, the adapter `name` and a linear head.
+    """K scores in (0, 1) from the lower layers, their adapter and a linear head.
 
     Attributes:
         axes: K names, in the order of the columns of `scores` (B, K).
-        head: D → K, in fp32.
+        depth: how many layers it runs.
+        head: 2D → K, in fp32.
+        center, spread: (2D,) of the features, as `fit_head` found them.
     """
 
-    def __init__(self, model: Qwen, axes: list[str], name: str = "reward") -> None:
-        self.model, self.axes, self.name = model, axes, name
+    def __init__(self, model: Qwen, axes: list[str], depth: int,
+                 name: str = "reward") -> None:
+        self.model, self.axes, self.depth, self.name = model, axes, depth, name
         dtype = torch.promote_types(torch.float32, model.unembed.dtype)
-        self.head = nn.Linear(model.config.hidden_size, len(axes),
+        self.head = nn.Linear(2 * model.config.hidden_size, len(axes),
                               device=model.device, dtype=dtype)
         nn.init.zeros_(self.head.weight)  # starts at the bias: one answer for all
+        self.center = torch.zeros_like(self.head.weight[0])
+        self.spread = torch.ones_like(self.center)
+
+    def features(self, prompt: list[int], responses: list[list[int]],
+                 prefix: Cache) -> Tensor:
+        """[h_last, h_mean] (n, 2D) of responses to one prompt.
+
+        Args:
+            prefix: of this prompt, from `Qwen.shared_prefix` with this depth.
+        """
+        rows = pad_rows([prompt[-1:] + r for r in responses], self.model.device)
+        hidden = self.model(rows, prefix).to(self.head.weight.dtype)  # (n, 1 + C, D)
+        last = torch.tensor([len(r) for r in responses], device=rows.device)  # (n,)
+        place = torch.arange(rows.shape[1], device=rows.device)
+        own = (place > 0) & (place <= last[:, None])  # (n, 1 + C)
+        h_mean = (hidden * own[..., None]).sum(1) / last[:, None]  # (n, D)
+        h_last = hidden[torch.arange(len(rows), device=rows.device), last]
+        return torch.cat([h_last, h_mean], 1)
 
     def forward(self, prompt: list[int], responses: list[list[int]],
                 prefix: Cache) -> Tensor:
-        """Scores (n, K) of responses to one prompt whose prefix is computed already."""
-        rows = pad_rows([prompt[-1:] + r for r in responses], self.model.device)
-        hidden = self.model(rows, prefix)  # (n, 1 + C, D)
-        last = torch.tensor([len(r) for r in responses], device=rows.device)
-        pooled = hidden[torch.arange(len(rows), device=rows.device), last]  # (n, D)
-        # s_k = sigmoid(w_k · h_last + b_k)
-        return self.head(pooled.to(self.head.weight.dtype)).sigmoid()
+        """Logits (n, K) of the scores; arguments as of `features`."""
+        z = (self.features(prompt, responses, prefix) - self.center) / self.spread
+        # s_k = sigmoid(w_k · z + b_k)
+        return self.head(z)
 
     @torch.no_grad()
     def score(self, prompt: list[int], responses: list[list[int]]) -> Tensor:
         """Scores (n, K) of sampled ids; the prompt is computed once."""
         with lora.using(self.model, self.name):
-            with self.model.shared_prefix(prompt) as prefix:
-                return self.forward(prompt, responses, prefix)
+            with self.model.shared_prefix(prompt, self.depth) as prefix:
+                return self.forward(prompt, responses, prefix).sigmoid()
 
     def parameters(self) -> list[nn.Parameter]:
         """All that training changes: adapter and head."""
@@ -110,9 +131,12 @@ class RewardModel:
     def save(self, folder: Path, base: str, report: dict) -> None:
         """Write adapter, head, axes and the report of the training."""
         lora.save(self.model, self.name, folder, base)
-        head = {k: v.detach().cpu() for k, v in self.head.state_dict().items()}
+        head = {"weight": self.head.weight, "bias": self.head.bias,
+                "center": self.center, "spread": self.spread}
+        head = {key: value.detach().cpu() for key, value in head.items()}
         write_whole(folder / "head.safetensors", safetensors.torch.save(head))
-        write_json(folder / "reward.json", {"axes": self.axes, "report": report})
+        write_json(folder / "reward.json",
+                   {"axes": self.axes, "depth": self.depth, "report": report})
         write_checksums(folder)
 
 
@@ -125,19 +149,26 @@ def load(model: Qwen, folder: Path, name: str = "reward") -> RewardModel:
     require(folder.is_dir(), f"no reward model folder {folder}; train one with "
             "reward_model.py")
     verify_checksums(folder)
-    axes = read_json(folder / "reward.json").get("axes")
+    about = read_json(folder / "reward.json")
+    axes, depth = about.get("axes"), about.get("depth")
     require(isinstance(axes, list) and axes and all(isinstance(a, str) for a in axes),
             f"{folder}/reward.json must name the axes")
-    width = model.config.hidden_size
+    require(isinstance(depth, int) and 1 <= depth <= model.config.num_hidden_layers,
+            f"{folder}/reward.json: depth is {depth!r}; it must be a number of layers "
+            f"from 1 to {model.config.num_hidden_layers}")
+    width = 2 * model.config.hidden_size
     with open_shard(folder / "head.safetensors") as shard:
         head = {key: shard.get_tensor(key) for key in shard.keys()}
     shapes = {key: list(value.shape) for key, value in head.items()}
-    want = {"bias": [len(axes)], "weight": [len(axes), width]}
+    want = {"bias": [len(axes)], "center": [width], "spread": [width],
+            "weight": [len(axes), width]}
     require(shapes == want, f"{folder}/head.safetensors has {shapes}, expected {want}")
     require(all(bool(v.isfinite().all()) for v in head.values()),
             f"{folder}/head.safetensors holds values that are not finite")
     lora.load(model, name, folder)  # last: a refused folder leaves no half behind
-    scorer = RewardModel(model, axes, name)
+    scorer = RewardModel(model, axes, depth, name)
+    for key in ("center", "spread"):
+        setattr(scorer, key, head.pop(key).to(scorer.head.weight))
     scorer.head.load_state_dict(head)
     scorer.head.requires_grad_(False)
     for parameter in lora.parameters(model, name):
@@ -163,10 +194,11 @@ class Settings:
                         "judge has its own")
     validation: float | None = option(None, "share of its prompts that are kept from "
                                       "training, to judge each epoch on")
-    epochs: int | None = option(None, "passes over the labels")
+    epochs: int | None = option(None, "passes over the labels; 0: linear probe alone")
     prompts_per_step: int | None = option(None, "prompts, with all their responses")
     lr: float | None = option(None, "AdamW's peak learning rate")
     rank: int = option(16, "LoRA rank; alpha is twice that")
+    depth: float | None = option(None, "share of the layers, from below, that it runs")
     seed: int = option(0, "of the adapter, the split and the order of the rows")
     device: str | None = option(None, "cpu or cuda (default: cuda if there is one)")
     dtype: str | None = option(None, "float32 or bfloat16 (default: by the device)",
@@ -176,8 +208,10 @@ class Settings:
 # By `model.is_tiny`. The free-English labels are few: a gentler rate, fewer passes, and
 # a tenth of them shows after each pass whether it still helps.
 DEFAULTS = {
-    True: {"validation": 0.0, "epochs": 6, "prompts_per_step": 2, "lr": 1.5e-3},
-    False: {"validation": 0.1, "epochs": 2, "prompts_per_step": 2, "lr": 6e-4},
+    True: {"validation": 0.0, "epochs": 6, "prompts_per_step": 2, "lr": 1.5e-3,
+           "depth": 0.75},
+    False: {"validation": 0.1, "epochs": 2, "prompts_per_step": 2, "lr": 3e-4,
+            "depth": 0.6},
 }
 
 
@@ -188,7 +222,9 @@ def resolve(settings: Settings) -> Settings:
                if getattr(settings, name) is None}
     settings = dataclasses.replace(settings, model=source,
                                    device=pick_device(settings.device), **changes)
-    for name in ("epochs", "prompts_per_step", "lr", "rank"):
+    require(0 < settings.depth <= 1, "--depth must be above 0 and at most 1")
+    require(settings.epochs >= 0, "--epochs must not be negative")
+    for name in ("prompts_per_step", "lr", "rank"):
         require(0 < getattr(settings, name) < math.inf,
                 f"--{name.replace('_', '-')} must be positive")
     require(settings.seed >= 0, "--seed must not be negative")
@@ -248,13 +284,56 @@ def hold_out(rows: list[dict], share: float,
             [r for r in rows if r["prompt"] in held])
 
 
-def regression_loss(scores: Tensor, labels: Tensor) -> Tensor:
-    """Sum of squared errors over the labelled axes of scores, labels (n, K)."""
-    # [E1] L = mean over labelled (row, axis) of (s_k − label_k)²
+def regression_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Sum of cross-entropies over the labelled axes of logits, labels (n, K)."""
+    # [E1] L = − mean over labelled (row, axis) of y log s_k + (1 − y) log (1 − s_k)
+    # Its minimum is s_k = y, as a squared error's is. But the gradient by the logit is
+    # s_k − y, where a squared error's fades as s_k nears 0 or 1, however wrong it is.
     # The caller divides by the step's count, so that the groups of a step count by
     # their labels and not by how they were cut.
     labelled = ~labels.isnan()
-    return (scores[labelled] - labels[labelled]).square().sum()
+    return F.binary_cross_entropy_with_logits(logits[labelled], labels[labelled],
+                                              reduction="sum")
+
+
+@torch.no_grad()
+def fit_head(scorer: RewardModel, groups: list[Group]) -> None:
+    """Fit the head to the untrained features in closed form: a linear probe.
+
+    Ridge regression on standardised features. A head that starts at zero sends
+    arbitrary gradients down at first, and these spoil features that were good (Kumar et
+    al., arXiv 2202.10054); this one asks of the adapter only what the base lacks.
+    """
+    features = torch.cat([
+        features_of(scorer, group)
+        for group in tqdm(groups, desc="linear probe", unit="prompt", file=sys.stderr)])
+    labels = torch.cat([g.labels for g in groups]).to(features)  # (N, K)
+    scorer.center = features.mean(0)
+    scorer.spread = features.std(0, correction=0) + 1e-3
+    z = ((features - scorer.center) / scorer.spread).double()  # (N, 2D)
+    for k in range(len(scorer.axes)):
+        known = ~labels[:, k].isnan()
+        y, x = labels[known, k].double(), z[known]
+        mean = y.mean().clamp(0.02, 0.98)
+        # w = (Xᵀ X + λ I)⁻¹ Xᵀ (y − ȳ) with λ = 2D, the number of features
+        ridge = x.shape[1] * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+        w = torch.linalg.solve(x.T @ x + ridge, x.T @ (y - y.mean()))
+        # The sigmoid has slope ȳ (1 − ȳ) where the head starts.
+        scorer.head.weight[k] = w / (mean * (1 - mean))
+        scorer.head.bias[k] = mean.logit()
+
+
+def features_of(scorer: RewardModel, group: Group) -> Tensor:
+    """Features (n, 2D) of a whole group, with the least padding."""
+    found = [None] * len(group.responses)
+    with lora.using(scorer.model, scorer.name), \
+            scorer.model.shared_prefix(group.prompt, scorer.depth) as prefix:
+        for part in short_and_long([len(r) for r in group.responses]):
+            rows = scorer.features(group.prompt, [group.responses[i] for i in part],
+                                   prefix)
+            for i, row in zip(part, rows, strict=True):
+                found[i] = row
+    return torch.stack(found)
 
 
 def train(scorer: RewardModel, groups: list[Group], validation: list[Group],
@@ -262,14 +341,19 @@ def train(scorer: RewardModel, groups: list[Group], validation: list[Group],
     """Fit adapter and head by AdamW, linear warm-up and cosine decay.
 
     Returns:
-        the loss of every step, and after each epoch the mean Spearman over the axes
-        on the validation prompts, if there are any.
+        the loss of every step; and the mean Spearman over the axes on the validation
+        prompts, if there are any: before the first epoch and after each.
     """
     parameters = scorer.parameters()
-    optimizer = torch.optim.AdamW(parameters, settings.lr, weight_decay=0.0)
+    # The head is fitted already; the adapter has the way to go.
+    peaks = (settings.lr, settings.lr / 5)
+    optimizer = torch.optim.AdamW([
+        {"params": lora.parameters(scorer.model, scorer.name)},
+        {"params": list(scorer.head.parameters())}], weight_decay=0.0)
     size = settings.prompts_per_step
     total = math.ceil(len(groups) / size) * settings.epochs
-    order, shuffle, losses, tried = list(groups), random.Random(settings.seed), [], []
+    order, shuffle, losses = list(groups), random.Random(settings.seed), []
+    tried = [mean_spearman(scorer, validation)] if validation else []
     bar = tqdm(total=total, desc="reward model", unit="step", file=sys.stderr)
     for _ in range(settings.epochs):
         shuffle.shuffle(order)
@@ -277,20 +361,20 @@ def train(scorer: RewardModel, groups: list[Group], validation: list[Group],
             step = len(losses)
             rate = min((step + 1) / max(1, 0.05 * total),
                        0.5 * (1 + math.cos(math.pi * step / total)))
-            optimizer.param_groups[0]["lr"] = settings.lr * rate
+            for part, peak in zip(optimizer.param_groups, peaks, strict=True):
+                part["lr"] = peak * rate
             with lora.using(scorer.model, scorer.name):
                 losses.append(train_step(scorer, order[start:start + size]))
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             optimizer.zero_grad()
-            figures = {"mse": f"{np.mean(losses[-20:]):.4f}"}
+            figures = {"loss": f"{np.mean(losses[-20:]):.4f}"}
             if tried:
                 figures["validation"] = f"{tried[-1]:.3f}"
             bar.set_postfix(figures, refresh=False)
             bar.update()
         if validation:
-            found = judge(scorer, validation).values()
-            tried.append(float(np.mean([axis["spearman"] for axis in found])))
+            tried.append(mean_spearman(scorer, validation))
     bar.close()
     return losses, tried
 
@@ -300,12 +384,12 @@ def train_step(scorer: RewardModel, batch: list[Group]) -> float:
     count = sum(int((~g.labels.isnan()).sum()) for g in batch)
     total = 0.0
     for group in batch:
-        with scorer.model.shared_prefix(group.prompt) as prefix:
+        with scorer.model.shared_prefix(group.prompt, scorer.depth) as prefix:
             for part in short_and_long([len(r) for r in group.responses]):
-                scores = scorer.forward(
+                logits = scorer.forward(
                     group.prompt, [group.responses[i] for i in part], prefix)
-                labels = group.labels[part].to(scores)
-                loss = regression_loss(scores, labels) / count
+                labels = group.labels[part].to(logits)
+                loss = regression_loss(logits, labels) / count
                 loss.backward()
                 total += loss.item()
     require(math.isfinite(total), "the reward model's loss is not finite; lower --lr")
@@ -398,6 +482,11 @@ def judge(scorer: RewardModel, groups: list[Group]) -> dict[str, dict]:
     return report
 
 
+def mean_spearman(scorer: RewardModel, groups: list[Group]) -> float:
+    """Over the axes: one figure to choose settings by."""
+    return float(np.mean([a["spearman"] for a in judge(scorer, groups).values()]))
+
+
 def print_report(report: dict[str, dict]) -> None:
     """The judgement as two tables."""
     columns = ["rows", "spearman", "low", "high", "pearson", "mae", "mae_of_mean"]
@@ -454,30 +543,33 @@ def train_reward_model(model: Qwen, tokenizer: Tokenizer, settings: Settings,
         longest = len(group.prompt) + max(map(len, group.responses))
         require(longest <= model.config.max_position_embeddings,
                 f"{path}: a row of {longest} tokens exceeds the model's context")
-    lora.attach(model, "reward", settings.rank, 2 * settings.rank, settings.seed)
-    scorer = RewardModel(model, axes)
-    labels = torch.cat([g.labels for g in groups])
-    mean = labels.nanmean(0).clamp(0.02, 0.98)
-    with torch.no_grad():
-        scorer.head.bias.copy_(mean.logit())
+    depth = max(1, round(settings.depth * model.config.num_hidden_layers))
+    lora.attach(model, "reward", settings.rank, 2 * settings.rank, settings.seed, depth)
+    scorer = RewardModel(model, axes, depth)
     print(f"training the reward model on {len(known)} rows of "
           f"{os.path.relpath(path)}, validating on {len(tried)}, judging it on "
           f"{len(held)}; axes {', '.join(axes)}")
     started = time.perf_counter()
     validation = make_groups(tried, axes, tokenizer)
+    fit_head(scorer, groups)
     losses, spearmans = train(scorer, groups, validation, settings)
     report = {
         "axes": judge(scorer, make_groups(held, axes, tokenizer)),
         "seconds": round(time.perf_counter() - started, 1),
         "peak_rss_gb": round(peak_rss_gb(), 2),
-        "last_mse": float(np.mean(losses[-20:])),
+        "last_loss": float(np.mean(losses[-20:])) if losses else None,
         "validation_spearman": spearmans,
         "settings": {name: getattr(settings, name) for name in (
-            "split", "validation", "epochs", "prompts_per_step", "lr", "rank", "seed")},
+            "split", "validation", "epochs", "prompts_per_step", "lr", "rank", "depth",
+            "seed")},
         "rows": [len(known), len(tried), len(held)],
         "threads": torch.get_num_threads(),
     }
     scorer.save(folder, base_name(settings.model), report)
+    if spearmans:
+        figures = ", ".join(f"{figure:.3f}" for figure in spearmans)
+        print(f"mean Spearman on the validation prompts, before and after each epoch: "
+              f"{figures}")
     print_report(report["axes"])
     print(f"\nwrote {folder} ({report['seconds']:.0f} s, "
           f"peak {report['peak_rss_gb']} GB)")

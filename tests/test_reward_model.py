@@ -1,10 +1,11 @@
 """Claims about reward_model.py.
 
-* [E1] The loss is the mean squared error over labelled axes alone; its gradient is that
+* [E1] The loss is the mean cross-entropy over labelled axes alone; its gradient is that
   of a naive reference with repeated prompts, however the rows are grouped; a group's
   two parts need the least padding.
 * A row's score is its own: neither its neighbours nor its padding enter, and the head
-  reads the hidden state of the response's last token.
+  reads the lower layers' output over the response, at its last token and on average.
+* The head starts at the ridge regression on the base's features.
 * What is saved loads with identical scores; altered, foreign and broken files do not.
 * Correlations, error and calibration are what their definitions say.
 * Test prompts never leak into training; only a cut-off row lacks its end token.
@@ -30,10 +31,11 @@ from run import UserError, write_checksums
 AXES = ["politeness", "safety", "actionability"]
 CONFIG = qwen.Config(
     model_type="qwen2", vocab_size=24, hidden_size=16, intermediate_size=24,
-    num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=8,
+    num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1, head_dim=8,
     max_position_embeddings=64, rms_norm_eps=1e-6, rope_theta=1e4,
     tie_word_embeddings=True)
 NAN = math.nan
+DEPTH = 2  # of three layers
 
 
 def tiny_base(seed: int = 0) -> qwen.Qwen:
@@ -48,16 +50,21 @@ def tiny_base(seed: int = 0) -> qwen.Qwen:
     return base.requires_grad_(False)
 
 
-def tiny_scorer() -> RewardModel:
-    """A reward model whose head and B are random too."""
+def untrained(axes: list[str], rank: int = 3) -> RewardModel:
     base = tiny_base()
-    lora.attach(base, "reward", rank=3, alpha=6)
-    scorer = RewardModel(base, AXES)
+    lora.attach(base, "reward", rank, 2 * rank, depth=DEPTH)
+    return RewardModel(base, axes, DEPTH)
+
+
+def tiny_scorer() -> RewardModel:
+    """A reward model whose head, features' scale and B are random too."""
+    scorer = untrained(AXES)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for weight in scorer.parameters():
+        for weight in [*scorer.parameters(), scorer.center, scorer.spread]:
             weight.copy_(0.3 * torch.randn(weight.shape, generator=generator,
                                            dtype=weight.dtype))
+        scorer.spread.abs_().add_(0.5)
     return scorer
 
 
@@ -83,11 +90,21 @@ GROUPS = [Group(PROMPT, RESPONSES, LABELS),
                 torch.tensor([[0.5, 0.6, NAN], [NAN, NAN, 0.7]]))]
 
 
-def naive_score(scorer: RewardModel, prompt: list[int], response: list[int]):
+def naive_features(scorer: RewardModel, prompt: list[int], response: list[int]):
     """Oracle: the whole conversation in one row, nothing shared, nothing padded."""
-    with lora.using(scorer.model, scorer.name):
-        last = scorer.model(torch.tensor([prompt + response]))[0, -1]
-    logits = (scorer.head.weight * last).sum(-1) + scorer.head.bias
+    seen, base = [], scorer.model
+    hook = base.model.layers[DEPTH - 1].register_forward_hook(
+        lambda block, given, out: seen.append(out[0]))
+    with lora.using(base, scorer.name):
+        base(torch.tensor([prompt + response]))
+    hook.remove()
+    hidden = base.model.norm(seen[0])[len(prompt):]  # (C, D)
+    return torch.cat([hidden[-1], hidden.sum(0) / len(response)])
+
+
+def naive_score(scorer: RewardModel, prompt: list[int], response: list[int]):
+    z = (naive_features(scorer, prompt, response) - scorer.center) / scorer.spread
+    logits = (scorer.head.weight * z).sum(-1) + scorer.head.bias
     return 1 / (1 + (-logits).exp())
 
 
@@ -98,13 +115,18 @@ def flat(tensors) -> torch.Tensor:
 # -------------------------------------------------------------------- [E1] the loss
 
 
-def test_loss_is_the_squared_error_over_labelled_axes_only():
+def cross_entropy(score, label):
+    return -(label * score.log() + (1 - label) * (1 - score).log())
+
+
+def test_loss_is_the_cross_entropy_over_labelled_axes_only():
     scores = torch.tensor([[0.5, 0.25], [0.75, 0.9]])
     labels = torch.tensor([[1.0, NAN], [0.25, 0.4]])
-    wanted = 0.5 ** 2 + 0.5 ** 2 + 0.5 ** 2
-    assert reward_model.regression_loss(scores, labels).item() == pytest.approx(wanted)
-    nothing = reward_model.regression_loss(scores, torch.full((2, 2), NAN))
-    assert nothing.item() == 0
+    wanted = sum(cross_entropy(scores[i], labels[i])
+                 for i in ((0, 0), (1, 0), (1, 1))).item()
+    loss = reward_model.regression_loss
+    assert loss(scores.logit(), labels).item() == pytest.approx(wanted)
+    assert loss(scores, torch.full((2, 2), NAN)).item() == 0
 
 
 def test_gradient_equals_the_naive_reference_however_rows_are_grouped():
@@ -113,7 +135,7 @@ def test_gradient_equals_the_naive_reference_however_rows_are_grouped():
     for group in GROUPS:
         for response, labels in zip(group.responses, group.labels, strict=True):
             score = naive_score(scorer, group.prompt, response)
-            errors += [(score[k] - labels[k].double()) ** 2
+            errors += [cross_entropy(score[k], labels[k].double())
                        for k in range(3) if not labels[k].isnan()]
     assert len(errors) == 11
     loss = sum(errors) / len(errors)
@@ -193,7 +215,7 @@ def test_scoring_speaks_as_the_reward_model_and_steps_back():
     scorer = tiny_scorer()
     lora.attach(scorer.model, "policy", rank=2, alpha=4, seed=3)
     with torch.no_grad():
-        for layer in lora.layers(scorer.model).values():
+        for layer in lora.layers(scorer.model, "policy").values():
             layer.lora_B["policy"].fill_(0.1)
     wanted = scorer.score(PROMPT, RESPONSES)
     with lora.using(scorer.model, "policy"):
@@ -202,10 +224,33 @@ def test_scoring_speaks_as_the_reward_model_and_steps_back():
 
 
 def test_an_untrained_head_gives_one_answer_for_all():
-    base = tiny_base()
-    lora.attach(base, "reward", rank=3, alpha=6)
-    scores = RewardModel(base, AXES).score(PROMPT, RESPONSES)
+    scores = untrained(AXES).score(PROMPT, RESPONSES)
     assert (scores == scores[0]).all()
+
+
+def test_the_head_starts_at_the_ridge_regression_on_the_bases_features():
+    scorer = untrained(AXES)
+    reward_model.fit_head(scorer, GROUPS)
+    with torch.no_grad():
+        raw = torch.stack([naive_features(scorer, g.prompt, r)
+                           for g in GROUPS for r in g.responses])
+    z = ((raw - raw.mean(0)) / (raw.std(0, correction=0) + 1e-3)).numpy()  # (6, 2D)
+    labels = torch.cat([g.labels for g in GROUPS]).double().numpy()
+    width = z.shape[1]
+    for k in range(3):
+        known = ~np.isnan(labels[:, k])
+        y = labels[known, k]
+        # λ |w|² as further rows of ordinary least squares
+        rows = np.vstack([z[known], math.sqrt(width) * np.eye(width)])
+        w = np.linalg.lstsq(rows, np.r_[y - y.mean(), np.zeros(width)], rcond=None)[0]
+        slope = y.mean() * (1 - y.mean())
+        assert scorer.head.weight[k].tolist() == pytest.approx(w / slope, abs=1e-9)
+        assert scorer.head.bias[k].sigmoid().item() == pytest.approx(y.mean())
+    for group in GROUPS:
+        for response, found in zip(group.responses, scorer.score(
+                group.prompt, group.responses), strict=True):
+            naive = naive_score(scorer, group.prompt, response)
+            assert (found - naive).abs().max() < 1e-12
 
 
 # ------------------------------------------------------------------------- the files
@@ -254,19 +299,32 @@ def test_a_missing_head_is_refused(saved):
 @pytest.mark.parametrize("axes", [AXES[:2], [*AXES, "wit"], [], "safety", [1, 2, 3]])
 def test_axes_that_do_not_fit_the_head_are_refused(saved, axes):
     folder, _ = saved
-    (folder / "reward.json").write_text(json.dumps({"axes": axes}))
+    (folder / "reward.json").write_text(json.dumps({"axes": axes, "depth": DEPTH}))
     write_checksums(folder)
     with pytest.raises(UserError, match=r"expected \{|must name the axes"):
         reward_model.load(tiny_base(), folder)
 
 
-@pytest.mark.parametrize(("tensors", "message"), [
-    ({"weight": torch.zeros(3, 16), "bias": torch.tensor([0, NAN, 0])}, "not finite"),
-    ({"weight": torch.zeros(3, 16)}, "expected"),
-    ({"weight": torch.zeros(3, 8), "bias": torch.zeros(3)}, "expected")])
-def test_a_broken_head_is_refused(saved, tensors, message):
+@pytest.mark.parametrize("depth", [0, 4, 1.5, None])
+def test_a_depth_that_the_base_has_not_is_refused(saved, depth):
     folder, _ = saved
-    rewrite_head(folder, **tensors)
+    (folder / "reward.json").write_text(json.dumps({"axes": AXES, "depth": depth}))
+    write_checksums(folder)
+    with pytest.raises(UserError, match=r"depth is .* from 1 to 3"):
+        reward_model.load(tiny_base(), folder)
+
+
+HEAD = {"weight": torch.zeros(3, 32), "bias": torch.zeros(3),
+        "center": torch.zeros(32), "spread": torch.ones(32)}
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"bias": torch.tensor([0, NAN, 0])}, "not finite"),
+    ({"spread": None}, "expected"), ({"center": torch.zeros(16)}, "expected"),
+    ({"weight": torch.zeros(3, 16)}, "expected")])
+def test_a_broken_head_is_refused(saved, changes, message):
+    folder, _ = saved
+    rewrite_head(folder, **{k: v for k, v in (HEAD | changes).items() if v is not None})
     with pytest.raises(UserError, match=f"head.safetensors.*{message}"):
         reward_model.load(tiny_base(), folder)
 
@@ -439,19 +497,19 @@ def separable(count: int, seed: int) -> list[Group]:
 
 
 def test_training_fits_a_separable_task_and_leaves_the_base_alone():
-    base = tiny_base()
-    lora.attach(base, "reward", rank=4, alpha=8)
-    scorer = RewardModel(base, ["five", "ended"])
+    scorer = untrained(["five", "ended"], rank=4)
+    base = scorer.model
     torch.nn.init.zeros_(scorer.head.bias)
     before = {name: w.clone() for name, w in qwen.base_parameters(base).items()}
     settings = reward_model.Settings(epochs=8, prompts_per_step=8, lr=3e-2)
     losses, tried = reward_model.train(
         scorer, separable(48, seed=0), separable(4, seed=2), settings)
     assert len(losses) == 8 * 6
-    assert len(tried) == 8  # one judgement an epoch
-    assert tried[-1] > max(0.8, tried[0] - 0.1)
-    assert np.mean(losses[:3]) > 0.2  # guessing 0.5 costs 0.25
-    assert np.mean(losses[-6:]) < 0.05
+    assert len(tried) == 1 + 8  # one judgement before, and one an epoch
+    assert tried[0] == 0  # the head was at zero: one answer for all
+    assert tried[-1] > 0.8
+    assert np.mean(losses[:3]) > 0.6  # guessing 0.5 costs log 2
+    assert np.mean(losses[-6:]) < 0.15
     report = reward_model.judge(scorer, separable(12, seed=1))  # prompts it never saw
     assert min(r["pearson"] for r in report.values()) > 0.8
     for name, weight in qwen.base_parameters(base).items():
@@ -462,10 +520,8 @@ def test_training_fits_a_separable_task_and_leaves_the_base_alone():
 def test_training_repeats_itself():
     results = []
     for _ in range(2):
-        base = tiny_base()
-        lora.attach(base, "reward", rank=4, alpha=8)
         torch.manual_seed(0)
-        scorer = RewardModel(base, ["five", "ended"])
+        scorer = untrained(["five", "ended"], rank=4)
         settings = reward_model.Settings(epochs=1, prompts_per_step=3, lr=1e-2)
         losses, _ = reward_model.train(scorer, separable(8, seed=0),
                                        separable(2, seed=1), settings)
@@ -511,6 +567,20 @@ def test_the_program_trains_judges_and_saves(trained):
     assert rows["good"] == 4  # two of ten prompts were held out
     assert rows["odd"] in (2, 4)  # the first prompt does not label it
     assert saved["report"]["settings"]["epochs"] == 2
+
+
+def test_no_epochs_leave_the_linear_probe(trained, tmp_path):
+    base, folder = trained
+    reward_model.main(["--model", str(base), "--data", str(folder / "labels.jsonl"),
+                       "--out", str(tmp_path / "probe"), "--epochs", "0",
+                       "--validation", "0.3"])
+    report = json.loads((tmp_path / "probe" / "reward.json").read_text())["report"]
+    assert len(report["validation_spearman"]) == 1
+    assert report["last_loss"] is None
+    model, _ = qwen.load(base)
+    scorer = reward_model.load(model, tmp_path / "probe")
+    assert scorer.head.weight.any()
+    assert not any(p.any() for p in lora.parameters(model, "reward")[1::2])  # B = 0
 
 
 def test_score_adds_the_scores_of_the_loaded_model(trained, tmp_path):
@@ -565,7 +635,11 @@ def test_a_split_that_leaves_nothing_to_judge_is_refused(trained, tmp_path):
                            "--data", str(tmp_path / "in.jsonl")])
 
 
-@pytest.mark.parametrize("option", ["--epochs", "--prompts-per-step", "--lr"])
+@pytest.mark.parametrize("option", ["--rank", "--prompts-per-step", "--lr"])
 def test_settings_that_make_no_sense_are_refused(option):
     with pytest.raises(UserError, match=r"must be positive"):
         reward_model.main([option, "0"])
+    with pytest.raises(UserError, match=r"--depth must be above 0 and at most 1"):
+        reward_model.main(["--depth", "16"])
+    with pytest.raises(UserError, match=r"--epochs must not be negative"):
+        reward_model.main(["--epochs", "-1"])

@@ -321,8 +321,8 @@ def test_a_real_run_gives_an_adapter_that_peft_loads(tmp_path):
     transformers = pytest.importorskip("transformers")
     peft = pytest.importorskip("peft")
     model, tokenizer = qwen.load(REAL, dtype=torch.float32)
-    lora.attach(model, "reward", 4, 8)
-    scorer = reward_model.RewardModel(model, ["one", "two"])  # any opinion will do
+    lora.attach(model, "reward", 4, 8, depth=14)
+    scorer = reward_model.RewardModel(model, ["one", "two"], 14)  # any opinion will do
     torch.nn.init.normal_(scorer.head.weight, generator=torch.manual_seed(0))
     scorer.save(tmp_path / "reward", REAL, {})
     grpo.main(["--model", REAL, "--reward", str(tmp_path / "reward"), "--steps", "3",
