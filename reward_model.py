@@ -11,8 +11,8 @@ training. `python grpo.py --weights safety=2` needs no new reward model.
 
 The reward model is a role of the one frozen base: adapter `reward` in its lower layers,
 and a head that reads their output over the response, at its last token and on average.
-(The upper layers turn towards the next token; what a text is like is easiest to read in
-the middle. README.md has the measurements.)
+(The upper layers turn towards the next token; what a text is like is easier to read in
+the middle: on a real Qwen compare `--epochs 0 --depth 0.6` with `--depth 1`.)
 
 [E1]   s_k = sigmoid(w_k · z + b_k)      z = [h_last, h_mean], standardised
        L   = − mean over labelled (row, axis) of y log s_k + (1 − y) log (1 − s_k)
@@ -206,7 +206,8 @@ class Settings:
 
 
 # By `model.is_tiny`. The free-English labels are few: a gentler rate, fewer passes, and
-# a tenth of them shows after each pass whether it still helps.
+# a tenth of them shows after each pass whether it still helps. The depths make 3 of the
+# tiny base's 4 layers, and 14 of the 0.5B's 24.
 DEFAULTS = {
     True: {"validation": 0.0, "epochs": 6, "prompts_per_step": 2, "lr": 1.5e-3,
            "depth": 0.75},
