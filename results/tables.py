@@ -1,8 +1,9 @@
-"""Print what runs did, in Markdown: `python results/tables.py RUN [RUN ...]`.
+"""Print what runs did, in Markdown: `python results/tables.py FOLDER [FOLDER ...]`.
 
-For every run folder: the mean scores of held-out answers before → after, by everyone
-who judged that run; then what the text became like; then ten pairs of answers of the
-first run. The ten are drawn by `random.Random(0)`, so that nobody picked them.
+For every reward model's folder: how its scores agree with the labels of the test
+prompts. For every run folder: the mean scores of held-out answers before → after, by
+everyone who judged that run; then what the text became like; then ten pairs of answers
+of the first run. The ten are drawn by `random.Random(0)`, so that nobody picked them.
 """
 
 import json
@@ -69,17 +70,45 @@ def answer_list(run: dict) -> list[str]:
     return lines
 
 
+def reward_table(reports: dict[str, dict]) -> list[str]:
+    """Reward models on their test prompts; Spearman with its 95% interval."""
+    lines = ["| reward model | axis | rows | Spearman | 95% interval | MAE | MAE of "
+             "predicting the mean |", "|" + "---|" * 7]
+    for name, report in reports.items():
+        axes = report["axes"]
+        for axis, r in axes.items():
+            lines.append(f"| {name} | {axis} | {r['rows']} | {r['spearman']:.3f} | "
+                         f"{r['low']:.3f} to {r['high']:.3f} | {r['mae']:.3f} | "
+                         f"{r['mae_of_mean']:.3f} |")
+        mean = sum(r["spearman"] for r in axes.values()) / len(axes)
+        lines.append(f"| {name} | mean | | {mean:.3f} | | | |")
+    return lines
+
+
+def read(words: list[str], file: str) -> dict[str, dict]:
+    """That file of every folder which has it, by the path as typed.
+
+    The whole path, since two runs may share the name of their last folder.
+    """
+    found = {w: Path(w) / file for w in words}
+    return {w: json.loads(path.read_text()) for w, path in found.items()
+            if path.is_file()}
+
+
 def main(words: list[str]) -> str | None:
-    """Print all three, or return what is wrong."""
-    usage = "usage: python results/tables.py RUN [RUN ...], folders with summary.json"
-    if not words or not all((Path(w) / "summary.json").is_file() for w in words):
-        return usage
-    # By the path as typed: two runs may share the name of their last folder.
-    runs = {w: json.loads((Path(w) / "summary.json").read_text()) for w in words}
+    """Print all tables, or return what is wrong."""
+    rewards, runs = read(words, "reward.json"), read(words, "summary.json")
+    if not words or len(rewards) + len(runs) != len(words):
+        return ("usage: python results/tables.py FOLDER [FOLDER ...], run folders with "
+                "summary.json or reward models with reward.json")
     if len({tuple(axes_of(run)) for run in runs.values()}) > 1:
         return "tables.py: error: these runs have different axes; compare one at a time"
-    first = next(iter(runs.values()))
-    parts = (score_table(runs), text_table(runs), answer_list(first))
+    parts = []
+    if rewards:
+        parts.append(reward_table({w: r["report"] for w, r in rewards.items()}))
+    if runs:
+        first = next(iter(runs.values()))
+        parts += [score_table(runs), text_table(runs), answer_list(first)]
     print("\n\n".join("\n".join(part) for part in parts))
     return None
 

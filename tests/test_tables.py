@@ -4,6 +4,8 @@
   weighs them alike, whatever the weights of the run were.
 * The judge's gain is a share of the reward model's, where there is a judge and a gain.
 * Ten answers are drawn by seed 0, not picked, and keep to one line each.
+* A reward model's agreement with its test labels stands beside its interval, and the
+  mean of its axes below.
 """
 
 import json
@@ -64,6 +66,20 @@ def test_ten_answers_are_drawn_by_seed_0_on_a_line_each(tables):
     assert lines[1] == f"   * before: b{wanted[0]} * x"
 
 
+def a_report() -> dict:
+    figures = {"rows": 9, "low": 0.25, "high": 0.75, "mae": 0.125, "mae_of_mean": 0.5}
+    return {"axes": {"a": figures | {"spearman": 0.5},
+                     "b": figures | {"spearman": 0.75, "rows": 7}}}
+
+
+def test_a_reward_model_shows_its_axes_and_their_mean(tables):
+    lines = tables.reward_table({"r": a_report()})
+    assert lines[2:] == ["| r | a | 9 | 0.500 | 0.250 to 0.750 | 0.125 | 0.500 |",
+                         "| r | b | 7 | 0.750 | 0.250 to 0.750 | 0.125 | 0.500 |",
+                         "| r | mean | | 0.625 | | | |"]
+    assert {line.count("|") for line in lines} == {8}
+
+
 def test_every_run_shows_its_own_judges_under_the_path_that_was_typed(tables, tmp_path,
                                                                     capsys):
     gold = a_run()
@@ -102,7 +118,11 @@ def test_a_folder_without_a_run_is_refused_in_one_line(tmp_path):
 
 
 def test_the_program_prints_all_parts(tmp_path):
-    (tmp_path / "summary.json").write_text(json.dumps(a_run()))
-    end = subprocess.run([sys.executable, str(PROGRAM), str(tmp_path)], check=True,
-                         capture_output=True, text=True)
-    assert end.stdout.count("\n\n") == 2
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "summary.json").write_text(json.dumps(a_run()))
+    (tmp_path / "reward").mkdir()
+    (tmp_path / "reward" / "reward.json").write_text(json.dumps({"report": a_report()}))
+    for words, gaps in ((["run"], 2), (["reward"], 0), (["reward", "run"], 3)):
+        end = subprocess.run([sys.executable, str(PROGRAM), *words], check=True,
+                             capture_output=True, text=True, cwd=tmp_path)
+        assert end.stdout.count("\n\n") == gaps
