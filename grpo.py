@@ -10,8 +10,8 @@ Kept     A reward model regresses several scores for a prompt and a response; a
 Changed  Policy, reference and reward model are roles of one frozen base. A prompt is
          computed once for its whole group. log π comes without full logits. The KL that
          is reported is exact over the vocabulary; the estimator is only in the loss.
-Dropped  Nothing of the objective. There is no distributed or mixed-precision machinery,
-         no top-p in training, no second model in memory.
+Dropped  Nothing of the objective. There is no mixed-precision machinery, no top-p in
+         training, no second model in memory.
 
     python grpo.py                                  # the bundled tiny model
     python grpo.py --weights safety=2,politeness=0  # what do you want it to become?
@@ -24,9 +24,12 @@ Shapes: P prompts a step, G responses a prompt, B = P·G rows, C response tokens
 D width; row b = p·G + g.
 """
 
+import contextlib
 import dataclasses
+import hashlib
 import json
 import math
+import os
 import random
 import sys
 import time
@@ -34,10 +37,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import lora
+import parallel
 import reward_model
 from logprob import token_statistics
 from model import (
@@ -46,21 +51,35 @@ from model import (
     Qwen,
     Tokenizer,
     base_name,
+    fingerprint,
     is_tiny,
     load,
+    micro_batches,
     pad_rows,
     pick_device,
 )
 from run import (
+    CHECKPOINT,
+    CHECKSUMS,
+    Due,
+    Stop,
     UserError,
+    file_sha256,
     format_seconds,
     format_table,
+    given_options,
+    keep_lines,
+    load_checkpoint,
     one_line_errors,
+    only_writer,
     option,
     parse_settings,
     peak_rss_gb,
+    read_json,
     read_rows,
     require,
+    save_checkpoint,
+    saved_settings,
     write_checksums,
     write_json,
 )
@@ -232,7 +251,8 @@ class Settings:
     inner_steps: int = option(1, "updates on the same responses (TRL: num_iterations)")
     max_new_tokens: int | None = option(None, "C, longest response (TRL: "
                                         "max_completion_length)")
-    temperature: float = option(1.0, "of sampling and scoring alike (TRL: temperature)")
+    temperature: float | None = option(None, "of sampling and scoring alike (TRL: "
+                                       "temperature)")
     lr: float | None = option(None, "AdamW's learning rate (TRL: learning_rate)")
     rank: int | None = option(None, "LoRA rank r; alpha is 2r (PEFT: r, lora_alpha)")
     clip: float = option(0.2, "epsilon of the clipped ratio (TRL: epsilon)")
@@ -247,18 +267,22 @@ class Settings:
     eval_prompts: int | None = option(None, "held-out prompts, before and after")
     seed: int = option(0, "of adapter, prompts and sampling")
     out: Path | None = option(None, "run folder (default: the next free runs/NAME)")
+    save_every: int | None = option(None, "steps from checkpoint to checkpoint "
+                                    "(default: about every five minutes)")
+    resume: Path | None = option(None, "run folder to go on with, by its own settings")
     device: str | None = option(None, "cpu or cuda (default: cuda if there is one)")
     dtype: str | None = option(None, "of the base weights (default: by the device)",
                                choices=["float32", "bfloat16"])
 
 
-# By `model.is_tiny`. The tiny row was measured: a higher rank moves faster, and most of
-# what it moves is noise (KL). The other follows common practice for LoRA.
+# By `model.is_tiny`; both rows were measured. Tiny: a higher rank moves faster, and
+# most of what it moves is noise (KL). Real, at 0.5B on a CPU: at temperature 1 the
+# model speaks nonsense on most prompts, and learns little from it.
 DEFAULTS = {
     True: {"steps": 70, "prompts_per_step": 8, "max_new_tokens": 64, "lr": 4.5e-3,
-           "rank": 8, "eval_prompts": 128},
-    False: {"steps": 60, "prompts_per_step": 4, "max_new_tokens": 128, "lr": 1e-4,
-            "rank": 16, "eval_prompts": 24},
+           "temperature": 1.0, "rank": 8, "eval_prompts": 128},
+    False: {"steps": 60, "prompts_per_step": 2, "max_new_tokens": 48, "lr": 1.5e-4,
+            "temperature": 0.8, "rank": 16, "eval_prompts": 96},
 }
 
 
@@ -277,8 +301,9 @@ def resolve(settings: Settings) -> Settings:
     require(settings.group_size >= 2, f"--group-size is {settings.group_size}; a group "
             "needs at least 2 responses, or there is nothing to compare with")
     for name in ("steps", "prompts_per_step", "inner_steps", "max_new_tokens", "lr",
-                 "temperature", "rank", "eval_prompts"):
-        require(0 < getattr(settings, name) < math.inf,
+                 "temperature", "rank", "eval_prompts", "save_every"):
+        require(getattr(settings, name) is None
+                or 0 < getattr(settings, name) < math.inf,
                 f"--{name.replace('_', '-')} must be positive")
     for name in ("beta", "min_std", "seed"):
         require(0 <= getattr(settings, name) < math.inf,
@@ -310,6 +335,8 @@ def parse_weights(text: str, axes: list[str]) -> Tensor:
 
 # ----------------------------------------------------------------------------- the loop
 
+BEFORE = "before.json"  # the first evaluation, until the run is finished
+
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
@@ -334,6 +361,7 @@ class Run:
     # those that only judge, by name: "judge" (--judge), "gold" (the rubric)
     judges: dict[str, Callable[[Prompt, list[list[int]]], Tensor]]
     folder: Path
+    inputs: dict[str, str] = dataclasses.field(default_factory=dict)  # name → SHA-256
 
 
 @dataclasses.dataclass
@@ -368,25 +396,57 @@ def score_batch(run: Run, prompts: list[Prompt], sampled: Rollout) -> Batch:
     scores = torch.stack(parts).float().cpu()  # (P, G, K)
     require(bool(scores.isfinite().all()), "the reward model gave a score that is not "
             "finite; retrain it")
+    return compare(run, prompts, sampled, scores)
+
+
+def compare(run: Run, prompts: list[Prompt], sampled: Rollout, scores: Tensor) -> Batch:
+    """From scores (P, G, K) to a batch with its rewards and advantages."""
+    s = run.settings
     advantage, alive = make_advantage(scores, run.weights, s.advantage, s.min_std)
     scores = scores.flatten(0, 1)  # (B, K)
     return Batch(prompts, sampled, scores, combine(scores, run.weights),
                  advantage.flatten(), alive)
 
 
-# Tokens that one forward and backward pass holds; larger groups are cut.
-TOKENS_PER_PASS = 8192
+def sample_and_score(run: Run, prompts: list[Prompt], step: int,
+                     clock: "Clock") -> Batch:
+    """Responses and scores; with several processes, each makes those of its share."""
+    own, batch = parallel.share(prompts), None
+    if own:
+        with clock("sampling"):
+            sampled = sample_batch(run, own, step)
+        with clock("scoring"):
+            batch = score_batch(run, own, sampled)
+    return batch if parallel.size() == 1 else everyones(run, prompts, batch)
 
 
-def micro_batches(lengths: list[int]) -> list[list[int]]:
-    """Row numbers of a group, sorted by length and cut to TOKENS_PER_PASS."""
-    order = sorted(range(len(lengths)), key=lambda row: lengths[row])
-    parts: list[list[int]] = [[]]
-    for row in order:
-        if parts[-1] and (len(parts[-1]) + 1) * lengths[row] > TOKENS_PER_PASS:
-            parts.append([])
-        parts[-1].append(row)
-    return parts
+def everyones(run: Run, prompts: list[Prompt], own: Batch | None) -> Batch:
+    """The batch of all prompts, from this process's share of it and the others'.
+
+    Each process writes its rows into a table of zeros, and the tables are added up.
+    float64 holds every id and every fp32 number exactly.
+    """
+    room, size = run.settings.max_new_tokens, run.settings.group_size
+    parts = [room, room, 1, 1, len(run.axes)]
+    table = torch.zeros(len(prompts), size, sum(parts), dtype=torch.float64,
+                        device=run.model.device)
+    if own is not None:
+        rows, used = own.sampled, own.sampled.mask.shape[1]
+        tokens, logp = (F.pad(t.double(), (0, room - used))
+                        for t in (rows.tokens, rows.logp))
+        columns = [tokens, logp, rows.mask.sum(1, keepdim=True), rows.ended[:, None],
+                   own.scores]
+        mine = parallel.share(range(len(prompts)))
+        table[mine] = torch.cat([c.to(table) for c in columns], 1).unflatten(
+            0, (len(mine), size))
+    parallel.add_up(table)
+    tokens, logp, length, ended, scores = table.flatten(0, 1).split(parts, 1)
+    used = int(length.max())
+    sampled = Rollout(tokens[:, :used].long(),
+                      torch.arange(used, device=table.device) < length,  # (B, C)
+                      logp[:, :used].float(), ended[:, 0].bool())
+    return compare(run, prompts, sampled,
+                   scores.float().cpu().unflatten(0, (len(prompts), size)))
 
 
 def response_hidden(run: Run, prompt: list[int], responses: list[list[int]],
@@ -403,14 +463,21 @@ def response_hidden(run: Run, prompt: list[int], responses: list[list[int]],
 
 
 @torch.no_grad()
-def reference_hidden(run: Run, batch: Batch) -> list[Tensor]:
-    """Hidden states of the bare base, one (G, C, D) a group: the KL's reference."""
-    hidden = []
+def reference_hidden(run: Run, batch: Batch, groups: list[int]) -> dict[int, Tensor]:
+    """Hidden states of the bare base, (G, C, D) for some groups: the KL's reference."""
+    hidden = {}
     with lora.using(run.model, None):
-        for p, prompt in enumerate(batch.prompts):
-            rows = group_rows(run, batch, p)
-            with run.model.shared_prefix(prompt.ids) as prefix:
-                hidden.append(response_hidden(run, prompt.ids, rows, prefix)[0])
+        for p in groups:
+            prompt, rows = batch.prompts[p].ids, group_rows(run, batch, p)
+            lengths = [len(r) for r in rows]
+            hidden[p] = torch.zeros(
+                len(rows), max(lengths), run.model.config.hidden_size,
+                dtype=run.model.unembed.dtype, device=run.model.device)  # (G, C, D)
+            with run.model.shared_prefix(prompt) as prefix:
+                for part in micro_batches(lengths):
+                    found, mask = response_hidden(
+                        run, prompt, [rows[i] for i in part], prefix)
+                    hidden[p][part, :mask.shape[1]] = found
     return hidden
 
 
@@ -420,9 +487,12 @@ def group_rows(run: Run, batch: Batch, p: int) -> list[list[int]]:
     return batch.sampled.responses()[p * size:(p + 1) * size]
 
 
+SUMS = ("loss", "tokens", "entropy", "kl", "clipped")
+
+
 def train_group(run: Run, batch: Batch, p: int, reference: Tensor | None,
-                logp_old: Tensor | None) -> dict[str, float]:
-    """Add the gradient of one group's share of [E7]; return sums for the metrics.
+                logp_old: Tensor | None) -> Tensor:
+    """Add the gradient of one group's share of [E7]; return SUMS over its tokens.
 
     Args:
         reference: (G, C, D) from `reference_hidden`, or None when beta is 0.
@@ -432,7 +502,7 @@ def train_group(run: Run, batch: Batch, p: int, reference: Tensor | None,
     s, prompt, responses = run.settings, batch.prompts[p].ids, group_rows(run, batch, p)
     advantage = batch.advantage.view(-1, s.group_size)[p].to(run.model.device)  # (G,)
     total_tokens = int(batch.sampled.mask.sum())
-    sums = dict.fromkeys(("loss", "tokens", "entropy", "kl", "clipped"), 0.0)
+    sums = dict.fromkeys(SUMS, 0.0)
     with run.model.shared_prefix(prompt) as prefix:
         for part in micro_batches([len(r) for r in responses]):
             here = [responses[row] for row in part]
@@ -453,20 +523,15 @@ def train_group(run: Run, batch: Batch, p: int, reference: Tensor | None,
             sums["clipped"] += clipped.sum().item()
             if stats["kl"] is not None:
                 sums["kl"] += stats["kl"].sum().item()
-    return sums
+    return torch.tensor(list(sums.values()), dtype=torch.float64)
 
 
 def token_logs(run: Run, hidden: Tensor, targets: Tensor, ref: Tensor | None,
                mask: Tensor) -> dict[str, Tensor | None]:
     """Log-probs of response tokens: hidden, ref (N, D), targets (N,) → logp (n, C) …"""
     s, head = run.settings, run.model.unembed
-    logp, entropy, kl = token_statistics(
+    logp, entropy, kl, logp_ref = token_statistics(
         hidden, head, targets, s.temperature, run.tokenizer.valid, True, ref)
-    logp_ref = None
-    if ref is not None:
-        with torch.no_grad():
-            logp_ref = token_statistics(
-                ref, head, targets, s.temperature, run.tokenizer.valid)[0]
     return {"logp": spread(logp, mask), "entropy": entropy, "kl": kl,
             "logp_ref": None if logp_ref is None else spread(logp_ref, mask)}
 
@@ -481,31 +546,32 @@ def train_batch(run: Run, batch: Batch, optimizer: torch.optim.Optimizer,
                 clock: "Clock") -> dict[str, float]:
     """All inner steps on one batch; the metrics are those of the last one."""
     s = run.settings
-    with clock("reference"):
-        reference = reference_hidden(run, batch) if s.beta > 0 else None
-    parameters = lora.parameters(run.model, "policy")
     # With beta 0 a dead group has no gradient: it is dropped before the forward pass.
-    groups = [p for p in range(len(batch.prompts)) if s.beta > 0 or batch.alive[p]]
+    needed = [p for p in range(len(batch.prompts)) if s.beta > 0 or batch.alive[p]]
+    if not needed:
+        return {"grad_norm": 0.0}
+    groups = [p for p in parallel.share(range(len(batch.prompts))) if p in needed]
+    with clock("reference"):
+        reference = reference_hidden(run, batch, groups) if s.beta > 0 else {}
+    parameters = lora.parameters(run.model, "policy")
     old = batch.sampled.logp.unflatten(0, (-1, s.group_size))  # (P, G, C)
     with clock("training"), lora.using(run.model, "policy"):
         for _ in range(s.inner_steps):
-            sums = [train_group(run, batch, p,
-                                None if reference is None else reference[p],
-                                None if s.inner_steps == 1 else old[p])
-                    for p in groups]
-            if not groups:
-                return {"grad_norm": 0.0}
+            sums = torch.zeros(len(SUMS), dtype=torch.float64)
+            for p in groups:
+                sums += train_group(run, batch, p, reference.get(p),
+                                    None if s.inner_steps == 1 else old[p])
+            parallel.add_up_gradients(parameters)
             norm = nn.utils.clip_grad_norm_(parameters, 1.0)
             require(bool(norm.isfinite()), "the gradient is not finite; lower --lr")
             optimizer.step()
             optimizer.zero_grad()
-    tokens = sum(x["tokens"] for x in sums)
-    metrics = {"loss": sum(x["loss"] for x in sums), "grad_norm": norm.item(),
-               "entropy": sum(x["entropy"] for x in sums) / tokens,
-               "clip_share": sum(x["clipped"] for x in sums) / tokens}
-    if reference is not None:
-        metrics["kl"] = sum(x["kl"] for x in sums) / tokens
-    return metrics
+    sums = sums.to(run.model.device)
+    parallel.add_up(sums)
+    loss, tokens, entropy, kl, clipped = sums.tolist()
+    metrics = {"loss": loss, "grad_norm": norm.item(), "entropy": entropy / tokens,
+               "clip_share": clipped / tokens}
+    return metrics | ({"kl": kl / tokens} if s.beta > 0 else {})
 
 
 class Clock:
@@ -548,36 +614,73 @@ def describe(run: Run, batch: Batch) -> dict:
     }
 
 
-def train(run: Run, prompts: list[Prompt]) -> None:
-    """The loop: sample, score, compare, learn; a line of metrics a step."""
-    s = run.settings
+def train(run: Run, prompts: list[Prompt]) -> bool:
+    """The loop: sample, score, compare, learn; a line of metrics a step.
+
+    Goes on from the folder's checkpoint, if it has one, as if nothing had happened. All
+    randomness comes from (seed, step, prompt): beside weights and moments, the number
+    of the step is the whole state.
+
+    Returns:
+        False when it was asked to stop before the last step; a checkpoint is written.
+    """
+    s, checkpoint = run.settings, run.folder / CHECKPOINT
     parameters = lora.parameters(run.model, "policy")
     trainable = sum(p.numel() for p in parameters if p.requires_grad)
     require(trainable > 0, "nothing to train: the adapter has no parameters")
     optimizer = torch.optim.AdamW(parameters, s.lr, weight_decay=0.0)
-    order = shuffled(prompts, s.seed)
-    bar = tqdm(total=s.steps, unit="step", file=sys.stderr)
-    with (run.folder / "metrics.jsonl").open("w") as metrics_file, \
-            (run.folder / "samples.jsonl").open("w") as samples_file:
-        for step in range(1, s.steps + 1):
-            clock, started = Clock(), time.perf_counter()
+    done = 0
+    if checkpoint.is_file():
+        about = load_checkpoint(checkpoint, parameters, optimizer)
+        done = about.get("step")
+        require(type(done) is int and 0 <= done <= s.steps, f"{checkpoint} is of step "
+                f"{done!r}, the run has {s.steps}")
+    order, due = shuffled(prompts, s.seed), Due(s.save_every)
+    for _ in range(done):
+        draw_prompts(order, s.prompts_per_step)
+    if parallel.rank() == 0:
+        rows = s.prompts_per_step * s.group_size
+        keep_lines(run.folder / "metrics.jsonl", done)
+        keep_lines(run.folder / "samples.jsonl", done * rows)
+    bar = tqdm(total=s.steps, initial=done, unit="step", **parallel.progress())
+    asked = False
+    with Stop() as stop, (run.folder / "metrics.jsonl").open("a") as metrics_file, \
+            (run.folder / "samples.jsonl").open("a") as samples_file:
+        for step in range(done + 1, s.steps + 1):
             # A linear decay: the last steps settle instead of wandering.
             optimizer.param_groups[0]["lr"] = s.lr * (1 - (step - 1) / s.steps)
-            chosen = draw_prompts(order, s.prompts_per_step)
-            with clock("sampling"):
-                sampled = sample_batch(run, chosen, step)
-            with clock("scoring"):
-                batch = score_batch(run, chosen, sampled)
-            metrics = describe(run, batch) | train_batch(run, batch, optimizer, clock)
+            batch, metrics = train_step(run, draw_prompts(order, s.prompts_per_step),
+                                        step, optimizer)
             require_movement(run, step, metrics)
-            seconds = time.perf_counter() - started
-            line = {"step": step, **metrics, "seconds": seconds, **{
-                f"seconds_{phase}": t for phase, t in clock.seconds.items()}}
-            metrics_file.write(json.dumps(line) + "\n")
-            metrics_file.flush()
-            write_samples(run, batch, step, samples_file)
-            show(bar, run, metrics, seconds)
+            # A signal may reach one process a step before the others.
+            signals = torch.tensor(float(stop.asked), device=run.model.device)
+            parallel.add_up(signals)
+            asked = bool(signals)
+            if parallel.rank() == 0:
+                metrics_file.write(json.dumps(metrics) + "\n")
+                metrics_file.flush()
+                write_samples(run, batch, step, samples_file)
+                if due(step) or asked or step == s.steps:
+                    # The lines first: a checkpoint must not know more than they do.
+                    for file in (metrics_file, samples_file):
+                        os.fsync(file.fileno())
+                    save_checkpoint(checkpoint, parameters, optimizer, {"step": step})
+            show(bar, run, metrics)
+            if asked:
+                break
     bar.close()
+    return not asked
+
+
+def train_step(run: Run, prompts: list[Prompt], step: int,
+               optimizer: torch.optim.Optimizer) -> tuple[Batch, dict]:
+    """One optimisation step; returns its responses and its line of metrics."""
+    clock, started = Clock(), time.perf_counter()
+    batch = sample_and_score(run, prompts, step, clock)
+    metrics = describe(run, batch) | train_batch(run, batch, optimizer, clock)
+    seconds = {f"seconds_{phase}": t for phase, t in clock.seconds.items()}
+    return batch, {"step": step, **metrics,
+                   "seconds": time.perf_counter() - started, **seconds}
 
 
 def shuffled(prompts: list[Prompt], seed: int):
@@ -608,14 +711,14 @@ def require_movement(run: Run, step: int, metrics: dict) -> None:
                 "learnt (is --lr too small?)")
 
 
-def show(bar: tqdm, run: Run, metrics: dict, seconds: float) -> None:
+def show(bar: tqdm, run: Run, metrics: dict) -> None:
     """R, the axes, KL and speed, beside the bar's own time left."""
     figures = {"R": f"{metrics['R']:.3f}"}
     figures |= {a[:4]: f"{v['mean']:.2f}" for a, v in metrics["axes"].items()}
     if "kl" in metrics:
         figures["KL"] = f"{metrics['kl']:.3f}"
-    bar.set_postfix(figures | {"tok/s": f"{metrics['tokens'] / seconds:.0f}"},
-                    refresh=False)
+    bar.set_postfix(figures | {
+        "tok/s": f"{metrics['tokens'] / metrics['seconds']:.0f}"}, refresh=False)
     bar.update()
 
 
@@ -648,18 +751,17 @@ def evaluate(run: Run, prompts: list[Prompt], title: str) -> tuple[dict, list[st
     kl, surprise, tokens = 0.0, 0.0, 0
     one = dataclasses.replace(run, settings=dataclasses.replace(run.settings,
                                                                 group_size=1))
-    bar = tqdm(total=len(prompts), desc=title, unit="prompt", file=sys.stderr)
+    bar = tqdm(total=len(prompts), desc=title, unit="prompt", **parallel.progress())
     for start in range(0, len(prompts), size):
         part = prompts[start:start + size]
-        batch = score_batch(one, part, sample_batch(one, part, 0))
+        batch = sample_and_score(one, part, 0, Clock())
         rows = batch.sampled.responses()
         answers += [run.tokenizer.decode(r).strip() for r in rows]
         ended += batch.sampled.ended.tolist()
         if s.reward != "gold":
             by_judge["reward_model"].append(batch.scores)
         for who, judge in run.judges.items():
-            by_judge[who] += [judge(p, [r]).float().cpu()
-                              for p, r in zip(part, rows, strict=True)]
+            by_judge[who].append(judged(judge, batch))
         sums = against_base(one, batch)
         kl, surprise = kl + sums[0], surprise + sums[1]
         tokens += int(batch.sampled.mask.sum())
@@ -679,6 +781,16 @@ def evaluate(run: Run, prompts: list[Prompt], title: str) -> tuple[dict, list[st
     return result, answers
 
 
+def judged(judge: Callable, batch: Batch) -> Tensor:
+    """Scores (n, K) of one response a prompt; each process judges its share."""
+    rows, scores = batch.sampled.responses(), torch.zeros_like(batch.scores)
+    for p in parallel.share(range(len(rows))):
+        scores[p] = judge(batch.prompts[p], [rows[p]])[0].float().cpu()
+    scores = scores.to(batch.sampled.tokens.device)
+    parallel.add_up(scores)
+    return scores.cpu()
+
+
 def distinct_3_grams(texts: list[str]) -> float:
     """Different runs of three words, as a share of all runs.
 
@@ -691,17 +803,20 @@ def distinct_3_grams(texts: list[str]) -> float:
 
 def against_base(run: Run, batch: Batch) -> tuple[float, float]:
     """Sums over response tokens, in nats: the exact KL(π ‖ ref), and −log ref."""
-    reference, kl, surprise = reference_hidden(run, batch), 0.0, 0.0
+    groups = parallel.share(range(len(batch.prompts)))
+    reference = reference_hidden(run, batch, groups)
+    sums = torch.zeros(2, dtype=torch.float64, device=run.model.device)
     with lora.using(run.model, "policy"):
-        for p, prompt in enumerate(batch.prompts):
-            rows = group_rows(run, batch, p)
+        for p in groups:
+            prompt, rows = batch.prompts[p], group_rows(run, batch, p)
             with run.model.shared_prefix(prompt.ids) as prefix:
                 hidden, mask = response_hidden(run, prompt.ids, rows, prefix)
             targets = torch.tensor([t for r in rows for t in r], device=hidden.device)
             stats = token_logs(run, hidden[mask], targets, reference[p][mask], mask)
-            kl += stats["kl"].sum().item()
-            surprise -= stats["logp_ref"].sum().item()
-    return kl, surprise
+            sums[0] += stats["kl"].sum().item()
+            sums[1] -= stats["logp_ref"].sum().item()
+    parallel.add_up(sums)
+    return tuple(sums.tolist())
 
 
 def behaviours(prompts: list[Prompt], answers: list[str]) -> dict[str, float]:
@@ -720,11 +835,15 @@ def behaviours(prompts: list[Prompt], answers: list[str]) -> dict[str, float]:
 # ------------------------------------------------------------------------ command line
 
 
+def prompts_path(s: Settings) -> Path:
+    """The file of prompts: the world's own, or whatever was asked for."""
+    return s.prompts or (TINY if is_tiny(s.model) else TINY.parent) / "prompts.jsonl"
+
+
 def read_prompts(s: Settings, tokenizer: Tokenizer,
                  context: int) -> tuple[list[Prompt], list[Prompt]]:
     """Training and held-out prompts of the file, checked against the context."""
-    home = TINY if is_tiny(s.model) else TINY.parent
-    path = s.prompts or home / "prompts.jsonl"
+    path = prompts_path(s)
     train_prompts, held_out = [], []
     rows = read_rows(path, responses=False)
     for index, row in enumerate(rows):
@@ -764,8 +883,7 @@ def prepare(settings: Settings) -> tuple[Run, list[Prompt], list[Prompt]]:
     """Load or train everything that a run needs."""
     s = settings
     folder = s.out or free_folder(s)
-    require(not (folder / "metrics.jsonl").exists(), f"{folder} holds a run already; "
-            "choose another --out")
+    require_empty(s, folder)
     model, tokenizer = load(s.model, s.device, s.dtype and getattr(torch, s.dtype))
     prompts, held_out = read_prompts(s, tokenizer, model.config.max_position_embeddings)
     gold = gold_scorer(tokenizer, prompts + held_out)
@@ -788,8 +906,31 @@ def prepare(settings: Settings) -> tuple[Run, list[Prompt], list[Prompt]]:
         judges = {"judge": scoring(judge)} | judges
     weights = parse_weights(s.weights, axes)
     lora.attach(model, "policy", s.rank, 2 * s.rank, s.seed)
-    run = Run(s, model, tokenizer, axes, weights, score, judges, folder)
+    run = Run(s, model, tokenizer, axes, weights, score, judges, folder,
+              identify(s, model))
     return run, prompts, held_out
+
+
+def require_empty(s: Settings, folder: Path) -> None:
+    """A run starts in a folder without a run, whole or in parts."""
+    names = ("config.json", "metrics.jsonl", "samples.jsonl", CHECKPOINT, BEFORE)
+    # The other processes of this run may look when the first has begun to write.
+    require(bool(s.resume) or parallel.rank() > 0
+            or not any((folder / name).exists() for name in names),
+            f"{folder} holds a run already; choose another --out, or go on with it, if "
+            f"it was interrupted: --resume {folder}")
+
+
+def identify(s: Settings, model: Qwen) -> dict[str, str]:
+    """SHA-256 of everything that a run reads: it resumes on the same or not at all."""
+    found = {"base": fingerprint(model), "prompts": file_sha256(prompts_path(s))}
+    folders = {"reward model": Path(s.reward or reward_model.default_folder(s.model)),
+               "judge": s.judge}
+    for name, folder in folders.items():
+        if folder is not None and folder.is_dir():
+            shas = [file_sha256(folder / file) for file in reward_model.FILES]
+            found[name] = hashlib.sha256("".join(shas).encode()).hexdigest()
+    return found
 
 
 def scoring(scorer: reward_model.RewardModel):
@@ -803,10 +944,14 @@ def find_reward_model(s: Settings, model: Qwen,
     folder = Path(s.reward) if s.reward else reward_model.default_folder(s.model)
     if s.reward or (folder / "reward.json").is_file():
         return reward_model.load(model, folder)
+    require(s.resume is None, f"{folder}, the reward model of this run, is gone")
+    require(parallel.size() == 1, f"there is no reward model for {s.model} yet; train "
+            "it first, in one process: python reward_model.py")
     print(f"there is no reward model for {s.model} yet: training one into {folder}")
     options = reward_model.resolve(
         reward_model.Settings(model=s.model, device=s.device, dtype=s.dtype))
-    scorer = reward_model.train_reward_model(model, tokenizer, options, folder)
+    with only_writer(folder):
+        scorer = reward_model.train_reward_model(model, tokenizer, options, folder)
     for parameter in scorer.parameters():
         parameter.requires_grad_(False)
     return scorer
@@ -814,13 +959,18 @@ def find_reward_model(s: Settings, model: Qwen,
 
 def free_folder(s: Settings) -> Path:
     """runs/NAME, or the first runs/NAME-2, -3 … that is free."""
-    name = Path(s.model).name.lower()
-    number = 1
-    while True:
-        folder = Path("runs") / (name if number == 1 else f"{name}-{number}")
-        if not folder.exists():
-            return folder
+    name, number = Path(s.model).name.lower(), 1
+
+    def folder() -> Path:
+        return Path("runs") / (name if number == 1 else f"{name}-{number}")
+
+    while folder().exists():
         number += 1
+    # The first process decides: when another looks, the folder may be there already.
+    chosen = torch.tensor(0 if parallel.rank() else number, device=s.device)
+    parallel.add_up(chosen)
+    number = int(chosen)
+    return folder()
 
 
 @torch.no_grad()
@@ -867,34 +1017,121 @@ def report(run: Run, held_out: list[Prompt], before: tuple, after: tuple) -> Non
 def main(argv: list[str] | None = None) -> None:
     """Align a model and say what became of it."""
     started = time.perf_counter()
-    settings = resolve(parse_settings(Settings, __doc__.split("\n")[0], argv))
-    run, prompts, held_out = prepare(settings)
-    shares = run.weights / run.weights.sum()
+    settings = parse_settings(Settings, __doc__.split("\n")[0], argv)
+    if settings.resume:
+        settings = settings_of(settings.resume, argv)
+    settings = resolve(settings)
+    with contextlib.ExitStack() as open_things:
+        open_things.enter_context(parallel.together(settings.device))
+        run, prompts, held_out = prepare(settings)
+        if parallel.rank() == 0:
+            open_things.enter_context(only_writer(run.folder))
+        announce(run, prompts, held_out)
+        before = answers_before(run, held_out)
+        if not train(run, prompts):
+            print(f"stopped; go on with: python grpo.py --resume {run.folder}",
+                  file=sys.stderr)
+            sys.exit(130)
+        finish(run, held_out, before, started)
+
+
+def settings_of(folder: Path, argv: list[str] | None) -> Settings:
+    """The settings of a run that was interrupted; options typed now must agree."""
+    require((folder / "config.json").is_file(), f"{folder} holds no run to resume (no "
+            "config.json); start it without --resume")
+    require_unfinished(folder)
+    given = given_options(Settings, argv)
+    del given["resume"]
+    saved = read_json(folder / "config.json") | {"out": str(folder)}
+    return dataclasses.replace(
+        saved_settings(Settings, saved, given, folder / "config.json"), resume=folder)
+
+
+def require_unfinished(folder: Path) -> None:
+    """The checksums are a run's last file; what is left beside them is swept up."""
+    if (folder / CHECKSUMS).exists():
+        for name in (CHECKPOINT, BEFORE):
+            (folder / name).unlink(missing_ok=True)
+        raise UserError(f"{folder} is finished already; nothing is left to resume")
+
+
+def announce(run: Run, prompts: list[Prompt], held_out: list[Prompt]) -> None:
+    """Say what will be done, and write it down as config.json."""
+    s, shares = run.settings, (run.weights / run.weights.sum()).tolist()
     print("R = " + " + ".join(f"{w:.2f} {a}" for w, a in
-                              zip(shares.tolist(), run.axes, strict=True)))
+                              zip(shares, run.axes, strict=True)))
     expected = format_seconds(estimate_seconds(run, prompts, held_out))
-    print(f"{settings.steps} steps of {settings.prompts_per_step} prompts × "
-          f"{settings.group_size} responses; about {expected} on this machine; "
-          f"writing {run.folder}")
+    print(f"{s.steps} steps of {s.prompts_per_step} prompts × {s.group_size} "
+          f"responses; about {expected} on this machine; writing {run.folder}")
     config = {k: str(v) if isinstance(v, Path) else v
-              for k, v in dataclasses.asdict(settings).items()}
-    write_json(run.folder / "config.json", config | {
-        "out": str(run.folder), "axes": run.axes, "weights_used": shares.tolist(),
-        "reward": settings.reward or str(reward_model.default_folder(settings.model)),
-        "torch": torch.__version__, "threads": torch.get_num_threads()})
-    before = evaluate(run, held_out, "before")
-    train(run, prompts)
-    lora.save(run.model, "policy", run.folder / "adapter", base_name(settings.model))
+              for k, v in dataclasses.asdict(s).items()}
+    config |= {"out": str(run.folder), "resume": None, "axes": run.axes,
+               "weights_used": shares, "inputs": run.inputs,
+               "reward": s.reward or str(reward_model.default_folder(s.model)),
+               "torch": torch.__version__, "threads": torch.get_num_threads(),
+               "processes": parallel.size()}
+    path = run.folder / "config.json"
+    if parallel.rank():
+        return
+    if s.resume is None:
+        require(not path.exists(), f"{run.folder} holds a run already; choose another "
+                "--out, or go on with it: --resume")
+        write_json(path, config)
+        return
+    require_unfinished(run.folder)  # now that nobody else is writing here
+    for file in run.folder.glob(".*.*"):  # of a process that was killed
+        file.unlink()
+    saved = read_json(path)
+    inputs = saved.get("inputs")
+    require(isinstance(inputs, dict), f"{path} lacks the SHA-256 of its inputs")
+    changed = sorted(name for name in run.inputs.keys() | inputs.keys()
+                     if inputs.get(name) != run.inputs.get(name))
+    require(not changed, f"{run.folder} was made with another {', '.join(changed)}; "
+            "put the old one back, or start another run")
+    for name in ("torch", "threads", "processes"):
+        if saved.get(name) != config[name]:
+            print(f"note: {name} was {saved.get(name)} and is {config[name]} now; the "
+                  "rest of the run will round differently", file=sys.stderr)
+
+
+def answers_before(run: Run, held_out: list[Prompt]) -> tuple[dict, list[str]]:
+    """Evaluate the base, once: a run that is resumed reads what it found."""
+    path = run.folder / BEFORE
+
+    def seal(found: list) -> str:
+        return hashlib.sha256(json.dumps(found).encode()).hexdigest()
+
+    saved = read_json(path) if path.is_file() else {}
+    found = [saved.get("figures"), saved.get("answers")]
+    if saved.get("sha256") != seal(found):  # none, or a damaged one: the base is here
+        found = list(evaluate(run, held_out, "before"))
+        if parallel.rank() == 0:
+            write_json(path, {"figures": found[0], "answers": found[1],
+                              "sha256": seal(found)})
+    return tuple(found)
+
+
+def finish(run: Run, held_out: list[Prompt], before: tuple, started: float) -> None:
+    """Save the adapter, evaluate it, write summary.json and print the table."""
+    s = run.settings
+    if parallel.rank() == 0:
+        lora.save(run.model, "policy", run.folder / "adapter", base_name(s.model))
     after = evaluate(run, held_out, "after")
+    if parallel.rank():
+        return
     report(run, held_out, before, after)
     seconds = time.perf_counter() - started
     write_json(run.folder / "summary.json", {
         "before": before[0], "after": after[0], "seconds": round(seconds, 1),
-        "peak_rss_gb": round(peak_rss_gb(), 2), "seed": settings.seed,
-        "held_out_prompts": len(held_out), "model": base_name(settings.model),
+        "peak_rss_gb": round(peak_rss_gb(), 2), "seed": s.seed,
+        "held_out_prompts": len(held_out), "model": base_name(s.model),
         "answers": [{"prompt": p.text, "before": b, "after": a} for p, b, a in
                     zip(held_out, before[1], after[1], strict=True)]})
-    write_checksums(run.folder)
+    # The checksums come last: a folder that has them is finished.
+    write_checksums(run.folder, ["config.json", "metrics.jsonl", "samples.jsonl",
+                                 "summary.json"])
+    for name in (CHECKPOINT, BEFORE):
+        (run.folder / name).unlink(missing_ok=True)
     print(f"\n{format_seconds(seconds)}, peak {peak_rss_gb():.2f} GB; "
           f"adapter in {run.folder / 'adapter'} (PEFT format)")
 

@@ -64,25 +64,25 @@ def token_statistics(
     entropy: bool = False,
     reference: Tensor | None = None,
     backend: str | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """`token_logprobs`, with figures from the same pass over the vocabulary.
 
     Args:
         entropy: also return H(π) in nats.
         reference: (N, D) hidden states of a second model with the same head; also
-            return the exact KL(π ‖ ref) in nats.
+            return the exact KL(π ‖ ref) in nats, and log ref(target).
 
     Returns:
-        logp (N,) with its gradient; entropy (N,) and kl (N,) without, or None.
+        logp (N,) with its gradient; entropy, kl and logp_ref (N,) without, or None.
     """
     if unembed.requires_grad:
         raise ValueError("the head is frozen here; use `naive` to train it")
     if _use_triton(backend, hidden):
         import logprob_triton  # here, since `import logprob` must not need triton
 
-        logp, h, kl = logprob_triton.token_statistics(
+        logp, h, kl, logp_ref = logprob_triton.token_statistics(
             hidden, unembed, targets, temperature, valid, reference)
-        return logp, h if entropy else None, kl
+        return logp, h if entropy else None, kl, logp_ref
     return _TokenStatistics.apply(
         hidden, unembed, targets, temperature, valid, entropy, reference)
 
@@ -118,15 +118,15 @@ class _TokenStatistics(torch.autograd.Function):
             ref = None if reference is None else reference[here]
             parts.append(_statistics(hidden[here], unembed[:valid], targets[here],
                                      temperature, need_grad, entropy, ref))
-        logp, h, kl, slope = (
+        logp, h, kl, logp_ref, slope = (
             torch.cat(column) if column[0] is not None else None
             for column in zip(*parts, strict=True))
         ctx.save_for_backward(slope)
-        ctx.mark_non_differentiable(*(t for t in (h, kl) if t is not None))
-        return logp, h, kl
+        ctx.mark_non_differentiable(*(t for t in (h, kl, logp_ref) if t is not None))
+        return logp, h, kl, logp_ref
 
     @staticmethod
-    def backward(ctx, grad_logp, _entropy, _kl):
+    def backward(ctx, grad_logp, _entropy, _kl, _logp_ref):
         # d loss/d h = (d loss/d log π) · (W_y − E_π[W]) / T
         (slope,) = ctx.saved_tensors  # (N, D)
         grad = (grad_logp[:, None] * slope).to(slope.dtype)
@@ -134,10 +134,10 @@ class _TokenStatistics(torch.autograd.Function):
 
 
 def _statistics(hidden, unembed, targets, temperature, need_grad, entropy, reference):
-    """One chunk: logp (n,), entropy (n,), KL (n,) and the slope of logp (n, D)."""
+    """One chunk: logp, entropy, KL, logp_ref (n,) and the slope of logp (n, D)."""
     logp_all = _log_softmax(hidden, unembed, temperature)  # (n, V)
     logp = logp_all.gather(-1, targets[:, None]).squeeze(-1)  # (n,)
-    h = kl = slope = None
+    h = kl = logp_ref = slope = None
     if entropy or need_grad or reference is not None:
         prob = logp_all.exp()  # (n, V)
     if entropy:
@@ -145,13 +145,14 @@ def _statistics(hidden, unembed, targets, temperature, need_grad, entropy, refer
     if reference is not None:
         # KL(π ‖ ref) = Σ π (log π − log ref), over the whole vocabulary
         ref_all = _log_softmax(reference, unembed, temperature)  # (n, V)
+        logp_ref = ref_all.gather(-1, targets[:, None]).squeeze(-1)  # (n,)
         kl = (prob * ref_all.neg_().add_(logp_all)).sum(-1)
     if need_grad:
         # (e_y − π) W, not W_y − π W: where π(y) is near 1 the two rows nearly cancel,
         # and in bf16 their difference would be rounding noise.
         share = prob.neg_().scatter_(-1, targets[:, None], -logp.expm1()[:, None])
         slope = share.to(unembed.dtype) @ unembed / temperature  # (n, D)
-    return logp, h, kl, slope
+    return logp, h, kl, logp_ref, slope
 
 
 def _log_softmax(hidden: Tensor, unembed: Tensor, temperature: float) -> Tensor:

@@ -48,11 +48,11 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 def token_statistics(
     hidden: Tensor, unembed: Tensor, targets: Tensor, temperature: float,
     valid: int | None, reference: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """`logprob.token_statistics` for bf16, fp16 or fp32 inputs.
 
     Returns:
-        logp (N,) with its gradient; entropy (N,) and kl (N,) or None: all fp32.
+        logp (N,) with its gradient; entropy; kl and logp_ref or None: (N,), all fp32.
     """
     states = [hidden] if reference is None else [hidden, reference]
     if any(t.dtype != unembed.dtype for t in states):
@@ -70,14 +70,15 @@ class _TokenStatistics(torch.autograd.Function):
         targets = targets.contiguous()
         reference = None if reference is None else reference.contiguous()
         parts = _vocabulary_parts(hidden, reference, unembed, targets, temperature)
-        logp, lse, entropy, kl = _combine(parts)
+        logp, lse, entropy, kl, logp_ref = _combine(parts)
         ctx.temperature = temperature
         ctx.save_for_backward(hidden, unembed, targets, lse, logp)
-        ctx.mark_non_differentiable(*(t for t in (entropy, kl) if t is not None))
-        return logp, entropy, kl
+        figures = (entropy, kl, logp_ref)
+        ctx.mark_non_differentiable(*(t for t in figures if t is not None))
+        return logp, *figures
 
     @staticmethod
-    def backward(ctx, grad_logp, _entropy, _kl):
+    def backward(ctx, grad_logp, _entropy, _kl, _logp_ref):
         hidden, unembed, targets, lse, logp = ctx.saved_tensors
         width = max(128, SLAB_NUMBERS // max(1, len(hidden)) // 128 * 128)
         slope = torch.zeros_like(hidden, dtype=torch.float32)  # (N, D)
@@ -123,7 +124,8 @@ def _forward(hidden, reference, head, targets, out, N, V, D, T, ids_per_part,
     peak = tl.full((BLOCK_N,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_N,), tl.float32)
     moment, gap, ref_total = total, total, total
-    z_y, ref_peak = peak, peak  # a target that never comes keeps −∞: probability 0
+    # a target that never comes keeps −∞: probability 0
+    z_y, ref_peak, r_y = peak, peak, peak
     for start in range(first, min(first + ids_per_part, V), BLOCK_V):
         v = start + tl.arange(0, BLOCK_V)
         z = _logits(hidden, head, n, v, N, V, D, T, BLOCK_D)  # (BLOCK_N, BLOCK_V)
@@ -140,6 +142,7 @@ def _forward(hidden, reference, head, targets, out, N, V, D, T, ids_per_part,
             r = _logits(reference, head, n, v, N, V, D, T, BLOCK_D)
             gap = gap * rescale + tl.sum(weight * (z - r), 1)
             seen = tl.where(inside, r, float("-inf"))
+            r_y = tl.maximum(r_y, tl.max(tl.where(is_y, seen, float("-inf")), 1))
             new_ref = tl.maximum(ref_peak, tl.max(seen, 1))
             ref_total = (ref_total * tl.exp(ref_peak - new_ref)
                          + tl.sum(tl.exp(seen - new_ref[:, None]), 1))
@@ -156,6 +159,7 @@ def _forward(hidden, reference, head, targets, out, N, V, D, T, ids_per_part,
         tl.store(place + 4 * step, gap, n < N)
         tl.store(place + 5 * step, ref_peak, n < N)
         tl.store(place + 6 * step, ref_total, n < N)
+        tl.store(place + 7 * step, r_y, n < N)
 
 
 @triton.jit
@@ -185,7 +189,7 @@ def _vocabulary_parts(hidden, reference, unembed, targets, temperature) -> Tenso
     # As many parts as give PROGRAMS programs, each of them with at least one block.
     each = triton.cdiv(id_blocks, max(1, PROGRAMS // max(1, row_blocks)))
     parts = triton.cdiv(id_blocks, each)
-    figures = 4 if reference is None else 7
+    figures = 4 if reference is None else 8
     out = hidden.new_empty(figures, parts, rows, dtype=torch.float32)
     if rows:
         with torch.cuda.device_of(hidden):  # Triton launches on the current GPU
@@ -196,8 +200,8 @@ def _vocabulary_parts(hidden, reference, unembed, targets, temperature) -> Tenso
     return out
 
 
-def _combine(parts: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Sums of the parts (figures, parts, N) → logp, lse, entropy, KL or None, all (N,).
+def _combine(parts: Tensor) -> tuple[Tensor | None, ...]:
+    """Sums (figures, parts, N) → logp, lse, entropy, KL, logp_ref (or None), all (N,).
 
     The online softmax once more, over parts instead of blocks.
     """
@@ -210,13 +214,14 @@ def _combine(parts: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     logp = z_y.amax(0) - top - total.log()
     entropy = lse - (moment * rescale).sum(0) / total
     if not ref:
-        return logp, lse, entropy, None
-    gap, ref_peak, ref_total = ref
+        return logp, lse, entropy, None, None
+    gap, ref_peak, ref_total, r_y = ref
     ref_top = ref_peak.amax(0)
     ref_total = (ref_total * (ref_peak - ref_top).exp()).sum(0)
     kl = ((gap * rescale).sum(0) / total  # E_π[z − z_ref] − lse + lse_ref
           - (top - ref_top) - (total / ref_total).log())
-    return logp, lse, entropy, kl
+    logp_ref = r_y.amax(0) - ref_top - ref_total.log()
+    return logp, lse, entropy, kl, logp_ref
 
 
 def _share(hidden, slab, targets, lse, logp, temperature) -> Tensor:

@@ -118,8 +118,9 @@ def read_config(path: Path) -> Config:
     scaling = rope.get("rope_type", rope.get("type", "default"))
     require(scaling == "default", f"{path}: rotary scaling {scaling!r} is not "
             "supported; remove rope_scaling to use the native context length")
-    windows = set(raw.get("layer_types") or []) - {"full_attention"}
-    require(not raw.get("use_sliding_window") and not windows,
+    kinds = raw.get("layer_types") or []
+    full = isinstance(kinds, list) and all(k == "full_attention" for k in kinds)
+    require(full and not raw.get("use_sliding_window"),
             f"{path}: sliding-window attention is not supported")
     require(raw.get("hidden_act", "silu") == "silu",
             f"{path}: hidden_act is {raw.get('hidden_act')!r}, expected 'silu'")
@@ -129,12 +130,14 @@ def read_config(path: Path) -> Config:
         values["head_dim"] = _quotient(raw, "hidden_size", "num_attention_heads", path)
     for field in dataclasses.fields(Config):
         value = values.get(field.name)
-        good = isinstance(value, field.type) or (
-            field.type is float and isinstance(value, int))
-        positive = field.type not in (int, float) or (good and value > 0)
-        require(good and positive, f"{path}: {field.name} is {value!r}, expected a "
-                f"{'positive ' if field.type is not bool else ''}{field.type.__name__}")
-    config = Config(**{f.name: values[f.name] for f in dataclasses.fields(Config)})
+        # `type` and not `isinstance`: True is no number of layers.
+        good = type(value) is field.type or (field.type is float and type(value) is int)
+        positive = field.type not in (int, float) or (good and 0 < value < 1e300)
+        require(good and positive, f"{path}: {field.name} is {value!r:.99}, expected "
+                f"a {'positive ' if field.type is not bool else ''}"
+                f"{field.type.__name__}")
+    config = Config(**{f.name: f.type(values[f.name])
+                       for f in dataclasses.fields(Config)})
     _quotient(raw, "num_attention_heads", "num_key_value_heads", path)
     require(config.head_dim % 2 == 0, f"{path}: head_dim must be even")
     return config
@@ -439,6 +442,36 @@ def pad_rows(rows: list[list[int]], device: torch.device) -> Tensor:
     return torch.tensor([r + [0] * (longest - len(r)) for r in rows], device=device)
 
 
+# Tokens that one forward and backward pass holds at most; what is more is cut.
+TOKENS_PER_PASS = 8192
+# A pass reads all weights once, however few its tokens: at 0.5B on two cores that takes
+# as long as the products of about so many tokens.
+TOKENS_OF_A_PASS = 32
+
+
+def micro_batches(lengths: list[int]) -> list[list[int]]:
+    """Row numbers, sorted by length and cut where that costs least.
+
+    Every row of a batch costs as much as the longest: responses of 1 to 94 tokens in
+    one batch are half padding. More batches have less of it, but each has the price of
+    a pass. The cheapest cuts of the sorted rows come from the cheapest of all shorter
+    beginnings (dynamic programming).
+    """
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    best: list[tuple[int, int]] = [(0, 0)]  # for the first n rows: cost, last cut
+    for end, row in enumerate(order, 1):
+        best.append(min(
+            (best[cut][0] + (end - cut) * lengths[row] + TOKENS_OF_A_PASS, cut)
+            for cut in range(end)
+            if end - cut == 1 or (end - cut) * lengths[row] <= TOKENS_PER_PASS))
+    parts, end = [], len(order)
+    while end:
+        cut = best[end][1]
+        parts.append(order[cut:end])
+        end = cut
+    return parts[::-1]
+
+
 def fingerprint(model: Qwen) -> str:
     """A SHA-256 that tells base models apart, whatever type they were loaded in.
 
@@ -477,6 +510,11 @@ class Tokenizer:
         path = folder / "tokenizer.json"
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
+            # With these the library panics, or encodes at random.
+            odd = [key for key in ("continuing_subword_prefix", "dropout")
+                   if raw["model"].get(key)]
+            if odd:
+                raise ValueError(f"{odd[0]} is set; a plain byte-level BPE has none")
             # Training scripts leave these behind; a prompt must not be cut in silence.
             raw |= {"truncation": None, "padding": None}
             self.control = {t["content"]: t["id"] for t in raw["added_tokens"]}
@@ -485,7 +523,10 @@ class Tokenizer:
             # person types, it can only produce ordinary text.
             self._plain = tokenizers.Tokenizer.from_str(
                 json.dumps(raw | {"added_tokens": []}))
-        except Exception as error:  # the tokenizers library raises bare Exception
+        except BaseException as error:
+            # The library raises bare Exception, and panics with a class of its own.
+            if not isinstance(error, Exception) and "Panic" not in type(error).__name__:
+                raise
             raise UserError(f"cannot read {path}: {error}; it must be a complete "
                             "tokenizer.json of a Qwen checkpoint") from error
         ids = self._whole.get_vocab(with_added_tokens=True)
@@ -526,8 +567,10 @@ class Tokenizer:
         try:
             rendered = self.template.render(
                 messages=messages, add_generation_prompt=True, tools=None)
-        except jinja2.TemplateError as error:
+        except Exception as error:  # a stranger's program may raise anything
             raise UserError(f"the checkpoint's chat template fails: {error}") from error
+        require(all(mark in rendered for mark in texts),
+                "the checkpoint's chat template drops what the person said")
         ids = []
         for piece in self._split.split(rendered) if self._split else [rendered]:
             if piece in self.control:
@@ -541,7 +584,7 @@ class Tokenizer:
         source = read_json(folder / "tokenizer_config.json").get("chat_template")
         separate = folder / "chat_template.jinja"  # where newer tools put it
         if source is None and separate.is_file():
-            source = separate.read_text(encoding="utf-8")
+            source = separate.read_text(encoding="utf-8", errors="replace")
         require(isinstance(source, str), f"{folder}/tokenizer_config.json has no "
                 "chat_template; use an Instruct checkpoint")
         # The template is a stranger's program: the sandbox keeps it from doing more
@@ -559,7 +602,8 @@ class Tokenizer:
         for name in ("generation_config.json", "config.json"):
             if (folder / name).is_file():
                 found = read_json(folder / name).get("eos_token_id")
-                stops |= set(found if isinstance(found, list) else [found])
+                found = found if isinstance(found, list) else [found]
+                stops |= {stop for stop in found if type(stop) is int}
         # Instruct models end a turn with <|im_end|>, and a document with <|endoftext|>.
         stops |= {self.control.get("<|im_end|>"), self.control.get("<|endoftext|>")}
         stops = {s for s in stops if isinstance(s, int) and 0 <= s < self.valid}
@@ -635,7 +679,8 @@ def find_shards(folder: Path) -> dict[str, Path]:
     if index.is_file():
         names = read_json(index).get("weight_map")
         require(isinstance(names, dict) and all(
-            isinstance(f, str) and Path(f).name == f for f in names.values()),
+            isinstance(f, str) and Path(f).name == f and len(f) < 256
+            and f.isprintable() for f in names.values()),
             f"{index}: weight_map must map tensor names to files of the same folder")
         missing = {f for f in names.values() if not (folder / f).is_file()}
         require(not missing, f"{index} names files that are not there: "

@@ -50,26 +50,40 @@ from model import (
     Qwen,
     Tokenizer,
     base_name,
+    fingerprint,
     is_tiny,
+    micro_batches,
     open_shard,
     pad_rows,
     pick_device,
 )
 from model import load as load_base
 from run import (
+    CHECKPOINT,
+    CHECKSUMS,
+    Due,
+    Stop,
+    file_sha256,
     format_table,
+    load_checkpoint,
     one_line_errors,
+    only_writer,
     option,
     parse_settings,
     peak_rss_gb,
     read_json,
     read_rows,
     require,
+    save_checkpoint,
     verify_checksums,
     write_checksums,
     write_json,
     write_whole,
 )
+
+# What a reward model's folder holds, beside its checksums.
+FILES = ("adapter_config.json", "adapter_model.safetensors", "head.safetensors",
+         "reward.json")
 
 # ------------------------------------------------------------------------- the model
 
@@ -120,9 +134,13 @@ class RewardModel:
     @torch.no_grad()
     def score(self, prompt: list[int], responses: list[list[int]]) -> Tensor:
         """Scores (n, K) of sampled ids; the prompt is computed once."""
-        with lora.using(self.model, self.name):
-            with self.model.shared_prefix(prompt, self.depth) as prefix:
-                return self.forward(prompt, responses, prefix).sigmoid()
+        scores = self.head.weight.new_zeros(len(responses), len(self.axes))
+        with lora.using(self.model, self.name), \
+                self.model.shared_prefix(prompt, self.depth) as prefix:
+            for part in micro_batches([len(r) for r in responses]):
+                rows = [responses[i] for i in part]
+                scores[part] = self.forward(prompt, rows, prefix).sigmoid()
+        return scores
 
     def parameters(self) -> list[nn.Parameter]:
         """All that training changes: adapter and head."""
@@ -130,6 +148,9 @@ class RewardModel:
 
     def save(self, folder: Path, base: str, report: dict) -> None:
         """Write adapter, head, axes and the report of the training."""
+        # An older model's files must not be taken for this one's, should we be killed.
+        for name in ("reward.json", CHECKSUMS):
+            (folder / name).unlink(missing_ok=True)
         lora.save(self.model, self.name, folder, base)
         head = {"weight": self.head.weight, "bias": self.head.bias,
                 "center": self.center, "spread": self.spread}
@@ -200,18 +221,20 @@ class Settings:
     rank: int = option(16, "LoRA rank; alpha is twice that")
     depth: float | None = option(None, "share of the layers, from below, that it runs")
     seed: int = option(0, "of the adapter, the split and the order of the rows")
+    save_every: int | None = option(None, "steps from checkpoint to checkpoint "
+                                    "(default: about every five minutes)")
     device: str | None = option(None, "cpu or cuda (default: cuda if there is one)")
     dtype: str | None = option(None, "float32 or bfloat16 (default: by the device)",
                                choices=["float32", "bfloat16"])
 
 
-# By `model.is_tiny`. The free-English labels are few: a gentler rate, fewer passes, and
-# a tenth of them shows after each pass whether it still helps. The depths make 3 of the
-# tiny base's 4 layers, and 14 of the 0.5B's 24.
+# By `model.is_tiny`. The free-English labels are few: a gentler rate and one pass, and
+# a tenth of them shows whether it helped. The depths make 3 of the tiny base's 4
+# layers, and 14 of the 0.5B's 24.
 DEFAULTS = {
     True: {"validation": 0.0, "epochs": 6, "prompts_per_step": 2, "lr": 1.5e-3,
            "depth": 0.75},
-    False: {"validation": 0.1, "epochs": 2, "prompts_per_step": 2, "lr": 3e-4,
+    False: {"validation": 0.1, "epochs": 1, "prompts_per_step": 2, "lr": 5e-4,
             "depth": 0.6},
 }
 
@@ -225,8 +248,9 @@ def resolve(settings: Settings) -> Settings:
                                    device=pick_device(settings.device), **changes)
     require(0 < settings.depth <= 1, "--depth must be above 0 and at most 1")
     require(settings.epochs >= 0, "--epochs must not be negative")
-    for name in ("prompts_per_step", "lr", "rank"):
-        require(0 < getattr(settings, name) < math.inf,
+    for name in ("prompts_per_step", "lr", "rank", "save_every"):
+        require(getattr(settings, name) is None
+                or 0 < getattr(settings, name) < math.inf,
                 f"--{name.replace('_', '-')} must be positive")
     require(settings.seed >= 0, "--seed must not be negative")
     require(0 <= settings.validation < 1, "--validation must be from 0 to below 1")
@@ -329,7 +353,7 @@ def features_of(scorer: RewardModel, group: Group) -> Tensor:
     found = [None] * len(group.responses)
     with lora.using(scorer.model, scorer.name), \
             scorer.model.shared_prefix(group.prompt, scorer.depth) as prefix:
-        for part in short_and_long([len(r) for r in group.responses]):
+        for part in micro_batches([len(r) for r in group.responses]):
             rows = scorer.features(group.prompt, [group.responses[i] for i in part],
                                    prefix)
             for i, row in zip(part, rows, strict=True):
@@ -338,46 +362,92 @@ def features_of(scorer: RewardModel, group: Group) -> Tensor:
 
 
 def train(scorer: RewardModel, groups: list[Group], validation: list[Group],
-          settings: Settings) -> tuple[list[float], list[float]]:
+          settings: Settings, checkpoint: Path | None = None,
+          origin: dict | None = None) -> tuple[list[float], list[float]]:
     """Fit adapter and head by AdamW, linear warm-up and cosine decay.
+
+    Args:
+        checkpoint: a file to go on from, if it exists, and to write now and then.
+            Where there is none, `fit_head` comes before.
+        origin: what the result depends on; a checkpoint of another origin is refused.
 
     Returns:
         the loss of every step; and the mean Spearman over the axes on the validation
         prompts, if there are any: before the first epoch and after each.
+
+    Raises:
+        SystemExit: it was asked to stop; the checkpoint is written.
     """
-    parameters = scorer.parameters()
     # The head is fitted already; the adapter has the way to go.
     peaks = (settings.lr, settings.lr / 5)
     optimizer = torch.optim.AdamW([
         {"params": lora.parameters(scorer.model, scorer.name)},
         {"params": list(scorer.head.parameters())}], weight_decay=0.0)
-    size = settings.prompts_per_step
-    total = math.ceil(len(groups) / size) * settings.epochs
-    order, shuffle, losses = list(groups), random.Random(settings.seed), []
-    tried = [mean_spearman(scorer, validation)] if validation else []
-    bar = tqdm(total=total, desc="reward model", unit="step", file=sys.stderr)
-    for _ in range(settings.epochs):
-        shuffle.shuffle(order)
-        for start in range(0, len(order), size):
-            step = len(losses)
-            rate = min((step + 1) / max(1, 0.05 * total),
-                       0.5 * (1 + math.cos(math.pi * step / total)))
+    state = [*scorer.parameters(), scorer.center, scorer.spread]
+    batches, due = shuffled_batches(groups, settings), Due(settings.save_every)
+    if checkpoint and checkpoint.is_file():
+        about = load_checkpoint(checkpoint, state, optimizer)
+        before = about.get("origin") or {}
+        changed = [key for key in origin if before.get(key) != origin[key]]
+        require(not changed, f"{checkpoint} is of a training with another "
+                f"{', '.join(changed)}; delete it to start again, or choose another "
+                "--out")
+        losses, tried = about.get("losses"), about.get("validation")
+        require(isinstance(losses, list) and isinstance(tried, list)
+                and len(losses) <= len(batches), f"{checkpoint} is damaged; delete it")
+        print(f"going on after step {len(losses)} of a training that was interrupted")
+    else:
+        losses, tried = [], [mean_spearman(scorer, validation)] if validation else []
+    bar = tqdm(total=len(batches), initial=len(losses), desc="reward model",
+               unit="step", file=sys.stderr)
+    with Stop() as stop:
+        while len(losses) < len(batches):
             for part, peak in zip(optimizer.param_groups, peaks, strict=True):
-                part["lr"] = peak * rate
+                part["lr"] = peak * rate(len(losses), len(batches))
             with lora.using(scorer.model, scorer.name):
-                losses.append(train_step(scorer, order[start:start + size]))
-            nn.utils.clip_grad_norm_(parameters, 1.0)
+                losses.append(train_step(scorer, batches[len(losses)]))
+            nn.utils.clip_grad_norm_(scorer.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
-            figures = {"loss": f"{np.mean(losses[-20:]):.4f}"}
-            if tried:
-                figures["validation"] = f"{tried[-1]:.3f}"
-            bar.set_postfix(figures, refresh=False)
-            bar.update()
-        if validation:
-            tried.append(mean_spearman(scorer, validation))
+            if validation and len(losses) % (len(batches) // settings.epochs) == 0:
+                tried.append(mean_spearman(scorer, validation))
+            show(bar, losses, tried)
+            asked = stop.asked
+            if checkpoint and (due(len(losses)) or asked):
+                save_checkpoint(
+                    checkpoint, state, optimizer,
+                    {"losses": losses, "validation": tried, "origin": origin})
+            if asked:
+                bar.close()
+                print("stopped; the same command goes on from here", file=sys.stderr)
+                sys.exit(130)
     bar.close()
     return losses, tried
+
+
+def shuffled_batches(groups: list[Group], settings: Settings) -> list[list[Group]]:
+    """The groups of every step of every epoch, each epoch in a new order."""
+    order, shuffle, batches = list(groups), random.Random(settings.seed), []
+    size = settings.prompts_per_step
+    for _ in range(settings.epochs):
+        shuffle.shuffle(order)
+        batches += [order[i:i + size] for i in range(0, len(order), size)]
+    return batches
+
+
+def rate(step: int, total: int) -> float:
+    """Share of the peak learning rate: a short warm-up, then a cosine to zero."""
+    return min((step + 1) / max(1, 0.05 * total),
+               0.5 * (1 + math.cos(math.pi * step / total)))
+
+
+def show(bar: tqdm, losses: list[float], tried: list[float]) -> None:
+    """Loss and validation, beside the bar's own time left."""
+    figures = {"loss": f"{np.mean(losses[-20:]):.4f}"}
+    if tried:
+        figures["validation"] = f"{tried[-1]:.3f}"
+    bar.set_postfix(figures, refresh=False)
+    bar.update()
 
 
 def train_step(scorer: RewardModel, batch: list[Group]) -> float:
@@ -386,7 +456,7 @@ def train_step(scorer: RewardModel, batch: list[Group]) -> float:
     total = 0.0
     for group in batch:
         with scorer.model.shared_prefix(group.prompt, scorer.depth) as prefix:
-            for part in short_and_long([len(r) for r in group.responses]):
+            for part in micro_batches([len(r) for r in group.responses]):
                 logits = scorer.forward(
                     group.prompt, [group.responses[i] for i in part], prefix)
                 labels = group.labels[part].to(logits)
@@ -395,22 +465,6 @@ def train_step(scorer: RewardModel, batch: list[Group]) -> float:
                 total += loss.item()
     require(math.isfinite(total), "the reward model's loss is not finite; lower --lr")
     return total
-
-
-def short_and_long(lengths: list[int]) -> list[list[int]]:
-    """Numbers of the rows in two parts that need the least padding.
-
-    All in one batch, every row costs as much as the longest. Answers of 1 to 94 words
-    then are 45% padding; in two parts they are a fifth.
-    """
-    order = sorted(range(len(lengths)), key=lengths.__getitem__)
-
-    def tokens(cut: int) -> int:
-        """Size of both parts, padded."""
-        return cut * lengths[order[cut - 1]] + (len(order) - cut) * lengths[order[-1]]
-
-    best = min(range(1, len(order) + 1), key=tokens)
-    return [part for part in (order[:best], order[best:]) if part]
 
 
 # -------------------------------------------------------------------------- judgement
@@ -552,21 +606,27 @@ def train_reward_model(model: Qwen, tokenizer: Tokenizer, settings: Settings,
           f"{len(held)}; axes {', '.join(axes)}")
     started = time.perf_counter()
     validation = make_groups(tried, axes, tokenizer)
-    fit_head(scorer, groups)
-    losses, spearmans = train(scorer, groups, validation, settings)
+    chosen = {name: getattr(settings, name) for name in (
+        "split", "validation", "epochs", "prompts_per_step", "lr", "rank", "depth",
+        "seed")}
+    origin = chosen | {"base": fingerprint(model), "labels": file_sha256(path),
+                       "dtype": str(model.unembed.dtype)}
+    checkpoint = folder / CHECKPOINT
+    if not checkpoint.is_file():
+        fit_head(scorer, groups)
+    losses, spearmans = train(scorer, groups, validation, settings, checkpoint, origin)
     report = {
         "axes": judge(scorer, make_groups(held, axes, tokenizer)),
         "seconds": round(time.perf_counter() - started, 1),
         "peak_rss_gb": round(peak_rss_gb(), 2),
         "last_loss": float(np.mean(losses[-20:])) if losses else None,
         "validation_spearman": spearmans,
-        "settings": {name: getattr(settings, name) for name in (
-            "split", "validation", "epochs", "prompts_per_step", "lr", "rank", "depth",
-            "seed")},
+        "settings": chosen,
         "rows": [len(known), len(tried), len(held)],
         "threads": torch.get_num_threads(),
     }
     scorer.save(folder, base_name(settings.model), report)
+    checkpoint.unlink(missing_ok=True)
     if spearmans:
         figures = ", ".join(f"{figure:.3f}" for figure in spearmans)
         print(f"mean Spearman on the validation prompts, before and after each epoch: "
@@ -586,7 +646,8 @@ def main(argv: list[str] | None = None) -> None:
     dtype = settings.dtype and getattr(torch, settings.dtype)
     model, tokenizer = load_base(settings.model, settings.device, dtype)
     folder = settings.out or default_folder(settings.model)
-    train_reward_model(model, tokenizer, settings, folder)
+    with only_writer(folder):
+        train_reward_model(model, tokenizer, settings, folder)
 
 
 if __name__ == "__main__":

@@ -8,19 +8,35 @@ written whole, checksums, and a command line generated from one dataclass of set
 import argparse
 import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
 import resource
+import signal
 import sys
 import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
 CHECKSUMS = "SHA256SUMS"
+CHECKPOINT = "checkpoint.safetensors"  # only in a folder that is not finished
 
 
 class UserError(Exception):
-    """Bad input. The message says what is wrong, where, and what to do about it."""
+    """Bad input. The message says what is wrong, where, and what to do about it.
+
+    It may quote a stranger's file, so it is cut to a length that a terminal can show.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message if len(message) <= 1000 else message[:1000] + " …")
 
 
 @contextlib.contextmanager
@@ -145,10 +161,15 @@ def _check_scores(scores: object, where: str) -> None:
 
 
 def write_checksums(folder: Path, names: list[str] | None = None) -> None:
-    """List SHA-256s as `sha256sum` does: of `names`, or of every file of `folder`."""
+    """List SHA-256s as `sha256sum` does: of `names`, or of every file of `folder`.
+
+    "Every" leaves out what will not stay: checkpoints, and temporary files of a process
+    that was killed.
+    """
     if names is None:
-        names = sorted(f.name for f in folder.iterdir()
-                       if f.is_file() and f.name != CHECKSUMS)
+        names = sorted(f.name for f in folder.iterdir() if f.is_file()
+                       and f.name not in (CHECKSUMS, CHECKPOINT)
+                       and not f.name.startswith("."))
     lines = [f"{file_sha256(folder / name)}  {name}\n" for name in names]
     write_whole(folder / CHECKSUMS, "".join(lines))
 
@@ -178,6 +199,149 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+# ----------------------------------------------------------------------- checkpoints
+
+
+class Stop:
+    """Ctrl-C and SIGTERM ask for a stop after the current step; a second one insists.
+
+    Inside `with Stop() as stop:`, a loop looks at `stop.asked` after every step.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> "Stop":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._ask)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, *_: object) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        print("\nstopping after this step; once more to stop at once", file=sys.stderr)
+
+
+class Due:
+    """Is it time for a checkpoint? Every so many steps, or, for None, minutes."""
+
+    MINUTES = 5
+
+    def __init__(self, every: int | None) -> None:
+        self.every, self.last = every, time.monotonic()
+
+    def __call__(self, step: int) -> bool:
+        """Once for each step."""
+        if self.every is not None:
+            return step % self.every == 0
+        due = time.monotonic() - self.last >= 60 * self.MINUTES
+        if due:
+            self.last = time.monotonic()
+        return due
+
+
+def save_checkpoint(path: Path, parameters: list[Tensor],
+                    optimizer: torch.optim.Optimizer, about: dict) -> None:
+    """Write parameters, the optimiser's moments and a JSON object as one file, whole.
+
+    One file, so that its renaming replaces the last checkpoint at once: there is never
+    a moment without a good one, nor one with halves of two.
+    """
+    tensors = {f"parameter.{i}": p for i, p in enumerate(parameters)}
+    for i, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{i}.{key}": value for key, value in state.items()}
+    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    about = about | {"sha256": _tensors_sha256(tensors)}
+    write_whole(path, safetensors.torch.save(tensors, {"about": json.dumps(about)}))
+
+
+def _tensors_sha256(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(f"{name} {tuple(tensors[name].shape)}".encode())
+        digest.update(tensors[name].contiguous().view(torch.uint8).numpy().tobytes()
+                      if tensors[name].dim() else str(tensors[name].item()).encode())
+    return digest.hexdigest()
+
+
+@torch.no_grad()
+def load_checkpoint(path: Path, parameters: list[Tensor],
+                    optimizer: torch.optim.Optimizer) -> dict:
+    """Put everything back that `save_checkpoint` wrote; return its JSON object.
+
+    Raises:
+        UserError: a broken file, or one of other sizes.
+    """
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            about = json.loads(file.metadata()["about"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        if about.pop("sha256") != _tensors_sha256(tensors):
+            raise ValueError("its SHA-256 differs")
+        state: dict[int, dict[str, Tensor]] = {}
+        for name in tensors:
+            kind, _, rest = name.partition(".")
+            if kind == "optimizer":
+                number, _, key = rest.partition(".")
+                state.setdefault(int(number), {})[key] = tensors[name]
+        trained = [p for g in optimizer.param_groups for p in g["params"]]
+        for i, parameter in enumerate(trained):
+            shape = tuple(parameter.shape)
+            found = {key: tuple(value.shape) for key, value in state.get(i, {}).items()}
+            if found not in ({}, {"step": (), "exp_avg": shape, "exp_avg_sq": shape}):
+                raise ValueError(f"moments of parameter {i} have shapes {found}")
+        for i, parameter in enumerate(parameters):
+            found = tensors[f"parameter.{i}"]
+            if found.shape != parameter.shape:
+                raise ValueError(f"parameter {i} has shape {list(found.shape)}, not "
+                                 f"{list(parameter.shape)}")
+            parameter.copy_(found)
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+    except (safetensors.SafetensorError, OSError, LookupError, TypeError, ValueError,
+            AttributeError, RuntimeError) as error:  # RecursionError is one
+        raise UserError(f"{path} is not a checkpoint of this run ({error}); delete it "
+                        "to start the training again") from error
+    return about
+
+
+def keep_lines(path: Path, count: int) -> None:
+    """Cut a file of lines to its first `count`: what came after the checkpoint."""
+    lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
+    require(len(lines) >= count, f"{path} has {len(lines)} lines, the checkpoint knows "
+            f"of {count}; start the run again")
+    write_whole(path, b"".join(line + b"\n" for line in lines[:count]))
+
+
+@contextlib.contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """Refuse a second process that writes the same run folder.
+
+    The lock is on the folder itself and dies with the process, so that a run that was
+    killed can be resumed at once.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise UserError(f"cannot write into {folder}: {error.strerror}; choose another "
+                        "--out") from error
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"another process is writing {folder}; choose another "
+                            "--out, or wait for it") from error
+        yield
+    finally:
+        os.close(handle)
+
+
 # -------------------------------------------------------------------------- settings
 
 
@@ -192,6 +356,18 @@ def parse_settings(cls: type, description: str, argv: list[str] | None = None):
     A field `group_size: int = option(8, "...")` becomes `--group-size N`; its default
     and help come from the field, so the two cannot drift apart.
     """
+    return cls(**vars(_parser(cls, description).parse_args(argv)))
+
+
+def given_options(cls: type, argv: list[str] | None = None) -> dict[str, object]:
+    """Only the options that stand on the command line, whatever their value."""
+    parser = _parser(cls, "")
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    return vars(parser.parse_args(argv))
+
+
+def _parser(cls: type, description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
     for field in dataclasses.fields(cls):
         extra = dict(field.metadata)
@@ -204,7 +380,45 @@ def parse_settings(cls: type, description: str, argv: list[str] | None = None):
         kind = getattr(field.type, "__args__", (field.type,))[0]
         name = field.name if positional else "--" + field.name.replace("_", "-")
         parser.add_argument(name, type=kind, default=field.default, **extra)
-    return cls(**vars(parser.parse_args(argv)))
+    return parser
+
+
+def saved_settings(cls: type, saved: dict, given: dict, where: Path):
+    """Settings of an earlier run, to go on with.
+
+    Args:
+        saved: fields by name, as JSON holds them.
+        given: options that were typed now; they must say the same.
+
+    Raises:
+        UserError: other settings, which are named; or a file that is not ours.
+    """
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    missing = [name for name in fields if name not in saved]
+    require(not missing, f"{where} lacks {', '.join(missing)}; it is not from this "
+            "version of the program")
+    other = [f"--{name.replace('_', '-')} {saved[name]} (not {value})"
+             for name, value in given.items() if str(value) != str(saved[name])]
+    require(not other, f"{where} was made with {', '.join(other)}; leave these out, or "
+            "start another run")
+    return cls(**{name: _saved_value(field, saved[name], where)
+                  for name, field in fields.items()})
+
+
+def _saved_value(field: dataclasses.Field, value: object, where: Path) -> object:
+    """A setting from a file, with the type and the choices of the command line."""
+    kinds = getattr(field.type, "__args__", (field.type,))
+    if value is None and type(None) in kinds:
+        return None
+    kind = kinds[0]
+    good = {int: type(value) is int and abs(value) < 2 ** 31,
+            float: type(value) in (int, float) and abs(value) < 1e30,
+            str: isinstance(value, str), Path: isinstance(value, str)}[kind]
+    if isinstance(value, str):
+        good = good and len(value) < 4096 and value.isprintable()
+    require(good and value in field.metadata.get("choices", [value]),
+            f"{where}: {field.name} is {value!r}; it was changed by hand?")
+    return kind(value)
 
 
 def require(condition: bool, message: str) -> None:

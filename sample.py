@@ -64,13 +64,16 @@ def pick(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, T
     """
     if temperature == 0:
         return logits.argmax(-1), torch.zeros(len(logits), device=logits.device)
-    logp = (logits.double() / temperature).log_softmax(-1)  # (n, V)
-    cdf = logp.exp().cumsum(-1)  # (n, V)
-    # The sum ends at 1 ± 1e-13. Scaling by it keeps the last token reachable and
-    # nothing beyond it; `right` skips tokens of probability 0.
-    target = uniform.to(cdf.device)[:, None] * cdf[:, -1:]
+    z = logits.double() / temperature  # (n, V)
+    z -= z.amax(-1, keepdim=True)
+    cdf = z.exp().cumsum(-1)  # (n, V), up to its sum
+    # Scaling the draw by the sum, and not the table, saves a pass over it and keeps the
+    # last token reachable; `right` skips tokens of probability 0.
+    total = cdf[:, -1:]
+    target = uniform.to(cdf.device)[:, None] * total
     ids = torch.searchsorted(cdf, target, right=True).clamp(max=cdf.shape[1] - 1)
-    return ids[:, 0], logp.gather(-1, ids)[:, 0].float()
+    logp = z.gather(-1, ids) - total.log()
+    return ids[:, 0], logp[:, 0].float()
 
 
 @torch.no_grad()

@@ -124,26 +124,28 @@ def test_no_tokens_at_all(dtype):
     hidden.requires_grad_()
     wide = torch.promote_types(dtype, torch.float32)
     for asked in (True, False):
-        logp, h, kl = token_statistics(hidden, unembed, targets, entropy=asked,
-                                       reference=hidden.detach() if asked else None)
-        for figure in (logp, h, kl) if asked else (logp,):
+        logp, *figures = token_statistics(
+            hidden, unembed, targets, entropy=asked,
+            reference=hidden.detach() if asked else None)
+        for figure in (logp, *figures) if asked else (logp,):
             assert (figure.shape, figure.dtype) == ((0,), wide)
-        assert asked or (h is None and kl is None)
+        assert asked or figures == [None, None, None]
     logp.sum().backward()
     assert hidden.grad.shape == (0, D)
 
 
 @pytest.mark.parametrize("valid", [None, V - 5])
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
-def test_entropy_and_kl_are_those_of_torch(temperature, valid):
+def test_figures_are_those_of_torch(temperature, valid):
     hidden, unembed, targets = case(below=valid or V)
     other = case(seed=1)[0]
     policy, reference = (Categorical(logits=x @ unembed[:valid].T / temperature)
                          for x in (hidden, other))
-    _, h, kl = token_statistics(hidden, unembed, targets, temperature, valid,
-                                entropy=True, reference=other)
+    _, h, kl, logp_ref = token_statistics(hidden, unembed, targets, temperature, valid,
+                                          entropy=True, reference=other)
     assert error(h, policy.entropy()) < 1e-12
     assert error(kl, kl_divergence(policy, reference)) < 1e-12
+    assert error(logp_ref, reference.log_prob(targets)) < 1e-12
 
 
 def test_kl_is_zero_for_equals_and_never_negative():
@@ -160,7 +162,7 @@ def test_figures_change_neither_values_nor_gradients_and_have_none_themselves():
     other = case(seed=1)[0]
     figures = token_statistics(hidden.requires_grad_(), unembed, targets, 0.7, V,
                                entropy=True, reference=other)
-    assert [t.requires_grad for t in figures] == [True, False, False]
+    assert [t.requires_grad for t in figures] == [True, False, False, False]
     plain = with_gradient(token_logprobs, hidden.detach(), unembed, targets, 0.7, V)
     both = with_gradient(
         lambda *a: token_statistics(*a, entropy=True, reference=other)[0],
@@ -216,8 +218,8 @@ def test_no_more_than_a_chunk_of_logits_exists(chunk):
     hooks = torch.autograd.graph.saved_tensors_hooks(
         lambda t: saved.append(tuple(t.shape)) or t, lambda t: t)
     with hooks, Largest() as ours:
-        logp, _, _ = token_statistics(hidden.requires_grad_(), unembed, targets,
-                                      entropy=True, reference=hidden.detach())
+        logp = token_statistics(hidden.requires_grad_(), unembed, targets,
+                                entropy=True, reference=hidden.detach())[0]
         kept = list(saved)  # before `sum` saves anything of its own
         logp.sum().backward()
     in_chunk = min(rows, max(1, chunk // V)) * V

@@ -67,16 +67,17 @@ def ours(hidden, unembed, targets, temperature=1.0, valid=None):
 
 
 def figures(hidden, unembed, targets, reference, temperature=1.0, valid=None):
-    """(logp, entropy, KL) of the kernel."""
+    """(logp, entropy, KL, logp_ref) of the kernel."""
     return token_statistics(hidden, unembed, targets, temperature, valid, True,
                             reference, "triton")
 
 
 def defined(hidden, unembed, targets, reference, temperature=1.0, valid=None):
-    """(logp, entropy, KL) by torch.distributions, in float64."""
+    """(logp, entropy, KL, logp_ref) by torch.distributions, in float64."""
     policy, other = (Categorical(logits=x.double() @ unembed[:valid].double().T
                                  / temperature) for x in (hidden, reference))
-    return policy.log_prob(targets), policy.entropy(), kl_divergence(policy, other)
+    return (policy.log_prob(targets), policy.entropy(), kl_divergence(policy, other),
+            other.log_prob(targets))
 
 
 def exact(hidden, unembed, *rest):
@@ -235,12 +236,12 @@ def test_figures_change_neither_values_nor_gradients_and_have_none_themselves():
     hidden, unembed, targets, reference = case()
     data = hidden, unembed, targets
     found = figures(hidden.clone().requires_grad_(), unembed, targets, reference)
-    assert [t.requires_grad for t in found] == [True, False, False]
+    assert [t.requires_grad for t in found] == [True, False, False, False]
     plain = with_gradient(ours, *data)
     both = with_gradient(lambda *a: figures(*a, reference)[0], *data)
     assert all(map(torch.equal, plain, both))
     none = token_statistics(*data, backend="triton")
-    assert none[1:] == (None, None)
+    assert none[1:] == (None, None, None)
     with torch.no_grad():
         assert torch.equal(ours(*data), plain[0])
 

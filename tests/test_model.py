@@ -10,6 +10,7 @@
 """
 
 import cmath
+import itertools
 import json
 import os
 import shutil
@@ -669,6 +670,32 @@ def test_real_logits_equal_those_of_transformers(real):
         worst = (ours.logits(ours(tokens)) - peer(tokens).logits).abs().max().item()
         print(f"{question[:30]!r}: largest difference of logits {worst:.2e}")
         assert worst < 2e-4
+
+
+@pytest.mark.parametrize("limit", [8192, 60, 1])
+@pytest.mark.parametrize("lengths", [
+    [7], [3, 3], [90, 4, 9], [5, 40, 1, 38, 12, 41], [9, 1, 4, 30, 4, 2, 10, 10, 7, 1]])
+def test_micro_batches_hold_every_row_once_at_the_least_cost(lengths, limit,
+                                                             monkeypatch):
+    monkeypatch.setattr(qwen, "TOKENS_PER_PASS", limit)
+    parts = qwen.micro_batches(lengths)
+    rows = [row for part in parts for row in part]
+    assert sorted(rows) == list(range(len(lengths)))
+    assert [lengths[row] for row in rows] == sorted(lengths)
+
+    def cost(way: list[list[int]]) -> float:
+        sizes = [len(part) * max(part) for part in way]
+        fits = all(size <= limit or len(part) == 1
+                   for size, part in zip(sizes, way, strict=True))
+        return sum(sizes) + qwen.TOKENS_OF_A_PASS * len(way) if fits else float("inf")
+
+    ordered, ways = sorted(lengths), []
+    for count in range(len(lengths)):
+        for cuts in itertools.combinations(range(1, len(lengths)), count):
+            edges = [0, *cuts, len(lengths)]
+            ways.append([ordered[a:b] for a, b in itertools.pairwise(edges)])
+    assert cost([[lengths[row] for row in part] for part in parts]) == min(
+        map(cost, ways))
 
 
 @needs_real_qwen

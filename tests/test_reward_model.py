@@ -13,7 +13,6 @@
 * The command line trains, scores a file, and refuses a bad row by file and line.
 """
 
-import itertools
 import json
 import math
 
@@ -150,17 +149,6 @@ def test_gradient_equals_the_naive_reference_however_rows_are_grouped():
         assert (found - wanted).norm() < 1e-12 * wanted.norm()
         for p in scorer.parameters():
             p.grad = None
-
-
-@pytest.mark.parametrize("lengths", [[7], [3, 3], [90, 4, 9], [5, 40, 1, 38, 12, 41]])
-def test_two_parts_hold_every_row_once_with_the_least_padding(lengths):
-    rows = range(len(lengths))
-    parts = reward_model.short_and_long(lengths)
-    assert sorted(row for part in parts for row in part) == list(rows)
-    padded = [sum(max(lengths[i] for i in part) * len(part) for part in way if part)
-              for n in rows for first in itertools.combinations(rows, n)
-              for way in [(first, [i for i in rows if i not in first])]]
-    assert sum(max(lengths[i] for i in p) * len(p) for p in parts) == min(padded)
 
 
 def test_a_loss_that_is_not_finite_is_refused():

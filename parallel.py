@@ -1,0 +1,110 @@
+"""Several processes, one run: `torchrun --nproc-per-node 2 grpo.py`.
+
+Every process holds the whole model. A step's prompts are dealt out; each process
+samples and scores the groups of its own prompts, all learn each other's responses and
+scores, and each computes the gradient of its own groups. One sum over the processes
+makes the gradient of the step, and as all then take the same step, their adapters stay
+equal.
+
+The objective's denominators are those of the whole step (`grpo.token_weights`), so the
+sum of the processes' gradients *is* the gradient of one process, whatever their number.
+Draws depend on (seed, step, prompt) alone: they do not change either. The first process
+writes the run folder and prints.
+
+There is one tool: `add_up`. Whoever has nothing to say adds zeros; a process whose
+groups were all dead, or which has no prompt at all, still takes part in every sum.
+After Ctrl-C all finish the step and the first one saves; torchrun waits 30 seconds for
+that, then it kills, and what is left is the checkpoint before.
+"""
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from run import UserError, require
+
+# How long a process waits for the others, at most: one evaluation may be slow.
+PATIENCE = timedelta(hours=2)
+
+
+def rank() -> int:
+    """The number of this process; the first one writes."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def size() -> int:
+    """How many processes share the run."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+@contextlib.contextmanager
+def together(device: str) -> Iterator[None]:
+    """Join the processes that `torchrun` started, until the block ends.
+
+    Without `torchrun`, or with one process, nothing happens.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    if device.startswith("cuda"):
+        number = int(os.environ.get("LOCAL_RANK", "0"))
+        require(number < torch.cuda.device_count(), f"process {number} of this machine "
+                f"has no GPU of its own; there are {torch.cuda.device_count()}")
+        torch.cuda.set_device(number)
+    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo",
+                            timeout=PATIENCE)
+    silence = open(os.devnull, "w")
+    try:
+        with contextlib.ExitStack() as quiet:
+            if rank():
+                quiet.enter_context(contextlib.redirect_stdout(silence))
+            yield
+    finally:
+        silence.close()
+        dist.destroy_process_group()
+
+
+def share(items: Sequence) -> list:
+    """This process's part of some items, dealt out like cards."""
+    return list(items[rank()::size()])
+
+
+def add_up(*tensors: Tensor) -> None:
+    """Replace every tensor by its sum over the processes: one flat all-reduce.
+
+    Raises:
+        UserError: another process has gone (gloo says so; nccl leaves it to torchrun to
+            end the others).
+    """
+    if size() == 1:
+        return
+    flat = torch.cat([t.detach().flatten() for t in tensors])
+    try:
+        dist.all_reduce(flat)
+    except RuntimeError as error:
+        raise UserError("another process of this run has ended; go on from the last "
+                        f"checkpoint with --resume RUN ({error})") from error
+    for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]),
+                            strict=True):
+        tensor.copy_(part.view_as(tensor))
+
+
+def add_up_gradients(parameters: list[Tensor]) -> None:
+    """The gradients of the whole step; a parameter without one counts as zero."""
+    if size() == 1:
+        return
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    add_up(*(p.grad for p in parameters))
+
+
+def progress():
+    """Where a progress bar goes: to stderr, from the first process alone."""
+    return {"file": sys.stderr, "disable": rank() > 0}
