@@ -282,15 +282,22 @@ def test_a_run_that_is_killed_at_random_moments_ends_the_same(tmp_path):
             [sys.executable, str(ROOT / "grpo.py"), *options], cwd=ROOT,
             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
-    words = [*SHORT, "--save-every", "1"]
-    started = time.monotonic()
-    assert start(*words, "--out", str(tmp_path / "whole")).wait() == 0
+    def begun(process: subprocess.Popen, folder: Path) -> float:
+        while not (folder / "config.json").exists() and process.poll() is None:
+            time.sleep(0.01)
+        return time.monotonic()
+
+    words = [*SHORT, "--steps", "12", "--save-every", "1"]
+    process = start(*words, "--out", str(tmp_path / "whole"))
+    started = begun(process, tmp_path / "whole")
+    assert process.wait() == 0
     length, wanted = time.monotonic() - started, outcome(tmp_path / "whole")
     moments, kinds = random.Random(0), {"config": 0, "checkpoint": 0, "finished": 0}
     for number in range(int(os.environ.get("KILLS", "5"))):
         folder = tmp_path / str(number)
         process = start(*words, "--out", str(folder))
-        time.sleep(moments.uniform(0.2, 1) * length)
+        begun(process, folder)
+        time.sleep(moments.random() * length)
         process.kill()
         process.wait()
         if (folder / run.CHECKSUMS).exists():
