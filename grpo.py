@@ -64,6 +64,9 @@ from run import (
     Due,
     Stop,
     UserError,
+    append,
+    append_line,
+    checkpoint_about,
     file_sha256,
     format_seconds,
     format_table,
@@ -335,7 +338,9 @@ def parse_weights(text: str, axes: list[str]) -> Tensor:
 
 # ----------------------------------------------------------------------------- the loop
 
-BEFORE = "before.json"  # the first evaluation, until the run is finished
+# Of a run folder: its settings, and the first evaluation until the run is finished.
+CONFIG, BEFORE = "config.json", "before.json"
+DEAD_STEPS = 10  # after so many steps without a live group in a row, a note
 
 
 @dataclasses.dataclass(frozen=True)
@@ -549,7 +554,7 @@ def train_batch(run: Run, batch: Batch, optimizer: torch.optim.Optimizer,
     # With beta 0 a dead group has no gradient: it is dropped before the forward pass.
     needed = [p for p in range(len(batch.prompts)) if s.beta > 0 or batch.alive[p]]
     if not needed:
-        return {"grad_norm": 0.0}
+        return {"grad_norm": 0.0, "trained_tokens": 0}
     groups = [p for p in parallel.share(range(len(batch.prompts))) if p in needed]
     with clock("reference"):
         reference = reference_hidden(run, batch, groups) if s.beta > 0 else {}
@@ -570,7 +575,8 @@ def train_batch(run: Run, batch: Batch, optimizer: torch.optim.Optimizer,
     parallel.add_up(sums)
     loss, tokens, entropy, kl, clipped = sums.tolist()
     metrics = {"loss": loss, "grad_norm": norm.item(), "entropy": entropy / tokens,
-               "clip_share": clipped / tokens}
+               "clip_share": clipped / tokens,
+               "trained_tokens": int(tokens) * s.inner_steps}
     return metrics | ({"kl": kl / tokens} if s.beta > 0 else {})
 
 
@@ -642,10 +648,10 @@ def train(run: Run, prompts: list[Prompt]) -> bool:
         rows = s.prompts_per_step * s.group_size
         keep_lines(run.folder / "metrics.jsonl", done)
         keep_lines(run.folder / "samples.jsonl", done * rows)
-    bar = tqdm(total=s.steps, initial=done, unit="step", **parallel.progress())
-    asked = False
-    with Stop() as stop, (run.folder / "metrics.jsonl").open("a") as metrics_file, \
-            (run.folder / "samples.jsonl").open("a") as samples_file:
+    asked, dead = False, 0
+    with tqdm(total=s.steps, initial=done, unit="step", **parallel.progress()) as bar, \
+            Stop() as stop, append(run.folder / "metrics.jsonl") as metrics_file, \
+            append(run.folder / "samples.jsonl") as samples_file:
         for step in range(done + 1, s.steps + 1):
             # A linear decay: the last steps settle instead of wandering.
             optimizer.param_groups[0]["lr"] = s.lr * (1 - (step - 1) / s.steps)
@@ -657,18 +663,22 @@ def train(run: Run, prompts: list[Prompt]) -> bool:
             parallel.add_up(signals)
             asked = bool(signals)
             if parallel.rank() == 0:
-                metrics_file.write(json.dumps(metrics) + "\n")
-                metrics_file.flush()
+                append_line(metrics_file, metrics)
                 write_samples(run, batch, step, samples_file)
                 if due(step) or asked or step == s.steps:
                     # The lines first: a checkpoint must not know more than they do.
                     for file in (metrics_file, samples_file):
                         os.fsync(file.fileno())
-                    save_checkpoint(checkpoint, parameters, optimizer, {"step": step})
+                    save_checkpoint(checkpoint, parameters, optimizer, {
+                        "step": step, "config": file_sha256(run.folder / CONFIG)})
             show(bar, run, metrics)
+            dead = dead + 1 if metrics["dead_groups"] == 1 else 0
+            if dead == DEAD_STEPS:
+                bar.write(f"note: no group had a spread in R for {dead} steps; nothing "
+                          "can be learnt from that: raise --temperature or "
+                          "--group-size, or lower --min-std", sys.stderr)
             if asked:
                 break
-    bar.close()
     return not asked
 
 
@@ -725,48 +735,51 @@ def show(bar: tqdm, run: Run, metrics: dict) -> None:
 def write_samples(run: Run, batch: Batch, step: int, file) -> None:
     """Every response of the step with its scores, R and advantage."""
     for row, ids in enumerate(batch.sampled.responses()):
-        file.write(json.dumps({
+        append_line(file, {
             "step": step, "prompt": batch.prompts[row // run.settings.group_size].text,
             "response": run.tokenizer.decode(ids),
             "scores": {a: round(x, 4) for a, x in
                        zip(run.axes, batch.scores[row].tolist(), strict=True)},
             "R": round(batch.reward[row].item(), 4),
-            "advantage": round(batch.advantage[row].item(), 4),
-        }, ensure_ascii=False) + "\n")
-    file.flush()
+            "advantage": round(batch.advantage[row].item(), 4)})
 
 
 # ------------------------------------------------------------------------- evaluation
 
 
 @torch.no_grad()
-def evaluate(run: Run, prompts: list[Prompt], title: str) -> tuple[dict, list[str]]:
+def evaluate(run: Run, prompts: list[Prompt], title: str,
+             best_of: int = 1) -> tuple[dict, list[str]]:
     """Answer held-out prompts with the policy; mean scores, and the answers.
 
     Before and after use the same random numbers (step 0 of the table), so that the
     difference is the training's. At step 0 the adapter is zero and the policy the base.
+
+    Args:
+        best_of: answer so many times, and keep what the reward likes best.
     """
-    s, size, answers, ended = run.settings, 32, [], []
+    s, size, answers, ended = run.settings, max(1, 32 // best_of), [], []
     by_judge = {who: [] for who in ("reward_model", *run.judges)}
     kl, surprise, tokens = 0.0, 0.0, 0
-    one = dataclasses.replace(run, settings=dataclasses.replace(run.settings,
-                                                                group_size=1))
-    bar = tqdm(total=len(prompts), desc=title, unit="prompt", **parallel.progress())
-    for start in range(0, len(prompts), size):
-        part = prompts[start:start + size]
-        batch = sample_and_score(one, part, 0, Clock())
-        rows = batch.sampled.responses()
-        answers += [run.tokenizer.decode(r).strip() for r in rows]
-        ended += batch.sampled.ended.tolist()
-        if s.reward != "gold":
-            by_judge["reward_model"].append(batch.scores)
-        for who, judge in run.judges.items():
-            by_judge[who].append(judged(judge, batch))
-        sums = against_base(one, batch)
-        kl, surprise = kl + sums[0], surprise + sums[1]
-        tokens += int(batch.sampled.mask.sum())
-        bar.update(len(part))
-    bar.close()
+    one, many = (dataclasses.replace(
+        run, settings=dataclasses.replace(run.settings, group_size=count))
+        for count in (1, best_of))
+    with tqdm(total=len(prompts), desc=title, unit="prompt",
+              **parallel.progress()) as bar:
+        for start in range(0, len(prompts), size):
+            part = prompts[start:start + size]
+            batch = best_rows(one, sample_and_score(many, part, 0, Clock()), best_of)
+            rows = batch.sampled.responses()
+            answers += [run.tokenizer.decode(r).strip() for r in rows]
+            ended += batch.sampled.ended.tolist()
+            if s.reward != "gold":
+                by_judge["reward_model"].append(batch.scores)
+            for who, judge in run.judges.items():
+                by_judge[who].append(judged(judge, batch))
+            sums = against_base(one, batch)
+            kl, surprise = kl + sums[0], surprise + sums[1]
+            tokens += int(batch.sampled.mask.sum())
+            bar.update(len(part))
     result = {}
     for who, parts in by_judge.items():
         if parts:
@@ -779,6 +792,15 @@ def evaluate(run: Run, prompts: list[Prompt], title: str) -> tuple[dict, list[st
     if "gold" in run.judges:
         result["behaviour"] = behaviours(prompts, answers)
     return result, answers
+
+
+def best_rows(run: Run, batch: Batch, group_size: int) -> Batch:
+    """The response of each group that the reward likes best."""
+    best = batch.reward.view(-1, group_size).argmax(1)  # (P,)
+    rows = best + group_size * torch.arange(len(best))
+    sampled = Rollout(*(getattr(batch.sampled, f.name)[rows.to(run.model.device)]
+                        for f in dataclasses.fields(Rollout)))
+    return compare(run, batch.prompts, sampled, batch.scores[rows][:, None])
 
 
 def judged(judge: Callable, batch: Batch) -> Tensor:
@@ -913,7 +935,7 @@ def prepare(settings: Settings) -> tuple[Run, list[Prompt], list[Prompt]]:
 
 def require_empty(s: Settings, folder: Path) -> None:
     """A run starts in a folder without a run, whole or in parts."""
-    names = ("config.json", "metrics.jsonl", "samples.jsonl", CHECKPOINT, BEFORE)
+    names = (CONFIG, "metrics.jsonl", "samples.jsonl", CHECKPOINT, BEFORE)
     # The other processes of this run may look when the first has begun to write.
     require(bool(s.resume) or parallel.rank() > 0
             or not any((folder / name).exists() for name in names),
@@ -957,9 +979,9 @@ def find_reward_model(s: Settings, model: Qwen,
     return scorer
 
 
-def free_folder(s: Settings) -> Path:
+def free_folder(s: Settings, method: str = "") -> Path:
     """runs/NAME, or the first runs/NAME-2, -3 … that is free."""
-    name, number = Path(s.model).name.lower(), 1
+    name, number = "-".join(filter(None, (method, Path(s.model).name.lower()))), 1
 
     def folder() -> Path:
         return Path("runs") / (name if number == 1 else f"{name}-{number}")
@@ -1032,19 +1054,29 @@ def main(argv: list[str] | None = None) -> None:
             print(f"stopped; go on with: python grpo.py --resume {run.folder}",
                   file=sys.stderr)
             sys.exit(130)
-        finish(run, held_out, before, started)
+        save_policy(run)
+        after = evaluate(run, held_out, "after")
+        finish(run, held_out, before, after, started,
+               lora.parameters(run.model, "policy"))
 
 
 def settings_of(folder: Path, argv: list[str] | None) -> Settings:
     """The settings of a run that was interrupted; options typed now must agree."""
-    require((folder / "config.json").is_file(), f"{folder} holds no run to resume (no "
-            "config.json); start it without --resume")
+    path, checkpoint = folder / CONFIG, folder / CHECKPOINT
+    require(path.is_file(), f"{folder} holds no run to resume (no {CONFIG}); start it "
+            "without --resume")
     require_unfinished(folder)
+    if checkpoint.is_file():
+        require(checkpoint_about(checkpoint).get("config") == file_sha256(path),
+                f"{path} has changed since {checkpoint} was written; put the old one "
+                "back, or start another run")
     given = given_options(Settings, argv)
     del given["resume"]
-    saved = read_json(folder / "config.json") | {"out": str(folder)}
+    saved = read_json(path) | {"out": str(folder)}
+    require("method" not in saved, f"{folder} is a run of baselines.py, which cannot "
+            "resume")
     return dataclasses.replace(
-        saved_settings(Settings, saved, given, folder / "config.json"), resume=folder)
+        saved_settings(Settings, saved, given, path), resume=folder)
 
 
 def require_unfinished(folder: Path) -> None:
@@ -1070,7 +1102,7 @@ def announce(run: Run, prompts: list[Prompt], held_out: list[Prompt]) -> None:
                "reward": s.reward or str(reward_model.default_folder(s.model)),
                "torch": torch.__version__, "threads": torch.get_num_threads(),
                "processes": parallel.size()}
-    path = run.folder / "config.json"
+    path = run.folder / CONFIG
     if parallel.rank():
         return
     if s.resume is None:
@@ -1111,24 +1143,39 @@ def answers_before(run: Run, held_out: list[Prompt]) -> tuple[dict, list[str]]:
     return tuple(found)
 
 
-def finish(run: Run, held_out: list[Prompt], before: tuple, started: float) -> None:
-    """Save the adapter, evaluate it, write summary.json and print the table."""
-    s = run.settings
+def save_policy(run: Run) -> None:
+    """The adapter, in PEFT's layout."""
     if parallel.rank() == 0:
-        lora.save(run.model, "policy", run.folder / "adapter", base_name(s.model))
-    after = evaluate(run, held_out, "after")
+        lora.save(run.model, "policy", run.folder / "adapter",
+                  base_name(run.settings.model))
+
+
+def finish(run: Run, held_out: list[Prompt], before: tuple, after: tuple,
+           started: float, trained: list[nn.Parameter]) -> None:
+    """Write summary.json and print the table.
+
+    Args:
+        trained: all that was trained, for the account of what it cost.
+    """
     if parallel.rank():
         return
+    s = run.settings
     report(run, held_out, before, after)
     seconds = time.perf_counter() - started
+    lines = (run.folder / "metrics.jsonl").read_text().splitlines()
+    metrics = [json.loads(line) for line in lines]
     write_json(run.folder / "summary.json", {
         "before": before[0], "after": after[0], "seconds": round(seconds, 1),
         "peak_rss_gb": round(peak_rss_gb(), 2), "seed": s.seed,
+        "training_seconds": round(sum(m["seconds"] for m in metrics), 1),
+        "sampled_tokens": sum(m["tokens"] for m in metrics),
+        "trained_tokens": sum(m["trained_tokens"] for m in metrics),
+        "trained_parameters": sum(p.numel() for p in trained),
         "held_out_prompts": len(held_out), "model": base_name(s.model),
         "answers": [{"prompt": p.text, "before": b, "after": a} for p, b, a in
                     zip(held_out, before[1], after[1], strict=True)]})
     # The checksums come last: a folder that has them is finished.
-    write_checksums(run.folder, ["config.json", "metrics.jsonl", "samples.jsonl",
+    write_checksums(run.folder, [CONFIG, "metrics.jsonl", "samples.jsonl",
                                  "summary.json"])
     for name in (CHECKPOINT, BEFORE):
         (run.folder / name).unlink(missing_ok=True)

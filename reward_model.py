@@ -398,9 +398,9 @@ def train(scorer: RewardModel, groups: list[Group], validation: list[Group],
         print(f"going on after step {len(losses)} of a training that was interrupted")
     else:
         losses, tried = [], [mean_spearman(scorer, validation)] if validation else []
-    bar = tqdm(total=len(batches), initial=len(losses), desc="reward model",
-               unit="step", file=sys.stderr)
-    with Stop() as stop:
+    asked = False
+    with tqdm(total=len(batches), initial=len(losses), desc="reward model",
+              unit="step", file=sys.stderr) as bar, Stop() as stop:
         while len(losses) < len(batches):
             for part, peak in zip(optimizer.param_groups, peaks, strict=True):
                 part["lr"] = peak * rate(len(losses), len(batches))
@@ -418,10 +418,10 @@ def train(scorer: RewardModel, groups: list[Group], validation: list[Group],
                     checkpoint, state, optimizer,
                     {"losses": losses, "validation": tried, "origin": origin})
             if asked:
-                bar.close()
-                print("stopped; the same command goes on from here", file=sys.stderr)
-                sys.exit(130)
-    bar.close()
+                break
+    if asked:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
     return losses, tried
 
 

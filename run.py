@@ -81,6 +81,30 @@ def write_whole(path: Path, content: bytes | str) -> None:
                         "folder with --out") from error
 
 
+def append_line(file, record: dict) -> None:
+    """Add a JSON line to a file opened with `append`, at once and whole.
+
+    Raises:
+        UserError: the disk is full, or gone.
+    """
+    data = (json.dumps(record, ensure_ascii=False) + "\n").encode()
+    try:
+        while data:  # a disk that is nearly full takes a part
+            data = data[file.write(data):]
+    except OSError as error:
+        raise UserError(f"cannot write {file.name}: {error.strerror}; make room, and "
+                        "go on from the last checkpoint with --resume") from error
+
+
+def append(path: Path):
+    """Open a file for `append_line`: without a buffer, which a full disk would keep."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path.open("ab", buffering=0)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+
 def write_json(path: Path, content: object) -> None:
     """Write `content` as indented JSON, whole."""
     write_whole(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
@@ -270,6 +294,24 @@ def _tensors_sha256(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def checkpoint_about(path: Path) -> dict:
+    """The JSON object of a checkpoint, without its tensors."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            about = json.loads(file.metadata()["about"])
+        if not isinstance(about, dict):
+            raise ValueError("no JSON object")
+    except (safetensors.SafetensorError, OSError, LookupError, TypeError, ValueError,
+            RecursionError) as error:
+        raise _not_ours(path, error) from error
+    return about
+
+
+def _not_ours(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path} is not a checkpoint of this run ({error}); delete it to "
+                     "start the training again")
+
+
 @torch.no_grad()
 def load_checkpoint(path: Path, parameters: list[Tensor],
                     optimizer: torch.optim.Optimizer) -> dict:
@@ -278,9 +320,9 @@ def load_checkpoint(path: Path, parameters: list[Tensor],
     Raises:
         UserError: a broken file, or one of other sizes.
     """
+    about = checkpoint_about(path)
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            about = json.loads(file.metadata()["about"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}
         if about.pop("sha256") != _tensors_sha256(tensors):
             raise ValueError("its SHA-256 differs")
@@ -304,9 +346,8 @@ def load_checkpoint(path: Path, parameters: list[Tensor],
             parameter.copy_(found)
         optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
     except (safetensors.SafetensorError, OSError, LookupError, TypeError, ValueError,
-            AttributeError, RuntimeError) as error:  # RecursionError is one
-        raise UserError(f"{path} is not a checkpoint of this run ({error}); delete it "
-                        "to start the training again") from error
+            RuntimeError) as error:
+        raise _not_ours(path, error) from error
     return about
 
 
@@ -372,14 +413,17 @@ def _parser(cls: type, description: str) -> argparse.ArgumentParser:
     for field in dataclasses.fields(cls):
         extra = dict(field.metadata)
         extra["help"] = extra["help"].replace("%", "%%")  # argparse formats it
-        if field.default not in (None, ""):
+        if field.default not in (None, "", False):
             extra["help"] += " (default: %(default)s)"
         positional = extra.pop("positional", False)
         # `from __future__ import annotations` is not used, so a type is a type; for
         # `int | None` the type that reads the text is the first of the union.
         kind = getattr(field.type, "__args__", (field.type,))[0]
         name = field.name if positional else "--" + field.name.replace("_", "-")
-        parser.add_argument(name, type=kind, default=field.default, **extra)
+        if kind is bool:
+            parser.add_argument(name, action="store_true", **extra)
+        else:
+            parser.add_argument(name, type=kind, default=field.default, **extra)
     return parser
 
 

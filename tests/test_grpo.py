@@ -31,7 +31,7 @@ import torch
 import grpo
 import lora
 import model as qwen
-from run import UserError
+from run import UserError, append
 from sample import Rollout, draw_uniforms
 
 LOSSES, KLS = ["grpo", "dapo", "dr_grpo"], ["k1", "k2", "k3"]
@@ -682,7 +682,7 @@ def test_a_step_of_dead_groups_moves_nothing_without_kl():
     batch.advantage[:], batch.alive[:] = 0, False
     recorder = Recorder(lora.parameters(run.model, "policy"))
     metrics = grpo.train_batch(run, batch, recorder, grpo.Clock())
-    assert metrics == {"grad_norm": 0.0}
+    assert metrics == {"grad_norm": 0.0, "trained_tokens": 0}
     assert recorder.gradients == []
 
 
@@ -744,7 +744,7 @@ def test_describe_says_what_numpy_says():
 def test_samples_are_written_with_their_prompt_scores_and_advantage(tmp_path):
     run = make_run()
     batch = make_batch(run)
-    with (tmp_path / "samples.jsonl").open("w") as file:
+    with append(tmp_path / "samples.jsonl") as file:
         grpo.write_samples(run, batch, 4, file)
     lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").open()]
     assert len(lines) == 12

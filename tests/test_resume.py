@@ -46,7 +46,7 @@ def outcome(folder: Path) -> dict:
         "metrics": [{k: v for k, v in m.items() if not k.startswith("seconds")}
                     for m in metrics],
         "summary": {k: v for k, v in summary.items()
-                    if k not in ("seconds", "peak_rss_gb")}}
+                    if k not in ("seconds", "training_seconds", "peak_rss_gb")}}
 
 
 @pytest.fixture(scope="module")
@@ -159,14 +159,21 @@ def test_the_same_settings_may_be_repeated(interrupted, undisturbed):
     assert outcome(interrupted) == undisturbed
 
 
-def test_another_input_is_refused_by_name(interrupted):
-    config = run.read_json(interrupted / "config.json")
-    assert config["inputs"].keys() == {"base", "prompts", "reward model"}
-    for name in ("base", "prompts", "reward model"):
-        changed = config["inputs"] | {name: "0" * 64}
-        run.write_json(interrupted / "config.json", config | {"inputs": changed})
+def test_another_input_is_refused_by_name(interrupted, monkeypatch):
+    inputs = run.read_json(interrupted / "config.json")["inputs"]
+    assert inputs.keys() == {"base", "prompts", "reward model"}
+    for name in inputs:
+        monkeypatch.setattr(grpo, "identify",
+                            lambda *_, name=name: inputs | {name: "0" * 64})
         with pytest.raises(run.UserError, match=f"made with another {name};"):
             grpo.main(["--resume", str(interrupted)])
+
+
+def test_changed_settings_are_refused(interrupted):
+    config = run.read_json(interrupted / "config.json")
+    run.write_json(interrupted / "config.json", config | {"lr": 0.5})
+    with pytest.raises(run.UserError, match="has changed since"):
+        grpo.main(["--resume", str(interrupted)])
 
 
 def test_a_broken_checkpoint_is_refused(interrupted):

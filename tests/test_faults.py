@@ -1,0 +1,135 @@
+"""What goes wrong while a run is under way ends as SECURITY.md says.
+
+* A full disk or a folder that cannot be written ends the run with one line and status
+  2; what was saved stays good, and the run resumes.
+* A reward that is not a number, or has other axes than the weights, is refused.
+* Empty responses and endless ones are responses; steps without a live group are noted.
+"""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import grpo
+import run
+from sample import Rollout
+
+ROOT = Path(__file__).parent.parent
+SHORT = ["--steps", "3", "--prompts-per-step", "2", "--group-size", "4",
+         "--max-new-tokens", "16", "--eval-prompts", "4", "--device", "cpu",
+         "--save-every", "1"]
+
+
+def program(*words: str, before=None) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, str(ROOT / "grpo.py"), *words], cwd=ROOT,
+                          check=False, capture_output=True, text=True,
+                          preexec_fn=before)
+
+
+def small_files() -> None:
+    """No file may grow beyond 3 kB: for the program, a disk that is full."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
+
+
+def last_line(text: str) -> str:
+    return text.strip().splitlines()[-1]
+
+
+def test_a_full_disk_ends_the_run_with_one_line_and_the_run_resumes(tmp_path):
+    end = program(*SHORT, "--out", str(tmp_path / "run"), before=small_files)
+    assert end.returncode == 2
+    assert "Traceback" not in end.stderr
+    assert last_line(end.stderr).startswith("grpo.py: error: cannot write ")
+    assert "File too large" in last_line(end.stderr)
+    again = program("--resume", str(tmp_path / "run"))
+    assert again.returncode == 0, again.stderr
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 3
+    run.verify_checksums(tmp_path / "run")
+
+
+@pytest.mark.skipif(shutil.which("mount") is None or os.geteuid() != 0,
+                    reason="a small tmpfs needs root")
+def test_a_small_tmpfs_ends_the_run_the_same_way(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", disk],
+                             check=False, capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        end = program(*SHORT, "--out", str(disk / "run"))
+        assert end.returncode == 2
+        assert "Traceback" not in end.stderr
+        assert "No space left on device" in last_line(end.stderr)
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    end = program(*SHORT, "--out", str(tmp_path / "file" / "run"))
+    assert end.returncode == 2
+    assert "Traceback" not in end.stderr
+    assert "cannot write" in last_line(end.stderr)
+
+
+def with_scores(monkeypatch, scores) -> None:
+    """Let the reward model give what `scores(responses)` returns."""
+    monkeypatch.setattr(grpo, "scoring", lambda _: lambda _, rows: scores(rows))
+
+
+def test_a_reward_that_is_not_a_number_is_refused(monkeypatch, tmp_path):
+    with_scores(monkeypatch, lambda rows: torch.full((len(rows), 4), float("nan")))
+    with pytest.raises(run.UserError, match="score that is not finite"):
+        grpo.main([*SHORT, "--out", str(tmp_path / "run")])
+
+
+def test_weights_of_other_axes_are_refused(tmp_path):
+    with pytest.raises(run.UserError, match="unknown axis 'brevity'"):
+        grpo.main([*SHORT, "--weights", "brevity=1", "--out", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
+
+
+def with_responses(monkeypatch, length: int, ended: bool) -> None:
+    """Let every response have so many tokens, the last an end token if it ended."""
+    def sample(run_, prompts, step):
+        stop = run_.tokenizer.stop_ids[0]
+        rows = len(prompts) * run_.settings.group_size
+        tokens = torch.full((rows, length), 50)
+        if ended:
+            tokens[:, -1] = stop
+        return Rollout(tokens, torch.ones_like(tokens, dtype=torch.bool),
+                       torch.zeros(rows, length), torch.full((rows,), ended))
+
+    monkeypatch.setattr(grpo, "sample_batch", sample)
+
+
+@pytest.mark.parametrize(("length", "ended"), [(1, True), (16, False)],
+                         ids=["empty", "endless"])
+def test_empty_and_endless_responses_are_responses(length, ended, monkeypatch,
+                                                   tmp_path):
+    with_responses(monkeypatch, length, ended)
+    grpo.main([*SHORT, "--out", str(tmp_path / "run")])
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    for metrics in map(json.loads, lines):
+        assert metrics["length"] == length
+        assert metrics["cut_off"] == (0 if ended else 1)
+        assert metrics["dead_groups"] == 1  # all alike: nothing to compare
+    summary = run.read_json(tmp_path / "run" / "summary.json")
+    assert summary["after"]["cut_off"] == (0 if ended else 1)
+
+
+def test_many_steps_without_a_live_group_are_noted(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(grpo, "DEAD_STEPS", 2)
+    with_scores(monkeypatch, lambda rows: torch.full((len(rows), 4), 0.5))
+    grpo.main([*SHORT, "--out", str(tmp_path / "run")])
+    assert capsys.readouterr().err.count("no group had a spread in R for 2 steps") == 1
