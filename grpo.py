@@ -340,6 +340,7 @@ def parse_weights(text: str, axes: list[str]) -> Tensor:
 
 # Of a run folder: its settings, and the first evaluation until the run is finished.
 CONFIG, BEFORE = "config.json", "before.json"
+LINES = ("metrics.jsonl", "samples.jsonl")  # written step by step
 DEAD_STEPS = 10  # after so many steps without a live group in a row, a note
 
 
@@ -630,28 +631,19 @@ def train(run: Run, prompts: list[Prompt]) -> bool:
     Returns:
         False when it was asked to stop before the last step; a checkpoint is written.
     """
-    s, checkpoint = run.settings, run.folder / CHECKPOINT
-    parameters = lora.parameters(run.model, "policy")
+    s, parameters = run.settings, lora.parameters(run.model, "policy")
     trainable = sum(p.numel() for p in parameters if p.requires_grad)
     require(trainable > 0, "nothing to train: the adapter has no parameters")
     optimizer = torch.optim.AdamW(parameters, s.lr, weight_decay=0.0)
-    done = 0
-    if checkpoint.is_file():
-        about = load_checkpoint(checkpoint, parameters, optimizer)
-        done = about.get("step")
-        require(type(done) is int and 0 <= done <= s.steps, f"{checkpoint} is of step "
-                f"{done!r}, the run has {s.steps}")
+    done = steps_done(run, parameters, optimizer)
     order, due = shuffled(prompts, s.seed), Due(s.save_every)
     for _ in range(done):
         draw_prompts(order, s.prompts_per_step)
-    if parallel.rank() == 0:
-        rows = s.prompts_per_step * s.group_size
-        keep_lines(run.folder / "metrics.jsonl", done)
-        keep_lines(run.folder / "samples.jsonl", done * rows)
     asked, dead = False, 0
+    metrics_path, samples_path = (run.folder / name for name in LINES)
     with tqdm(total=s.steps, initial=done, unit="step", **parallel.progress()) as bar, \
-            Stop() as stop, append(run.folder / "metrics.jsonl") as metrics_file, \
-            append(run.folder / "samples.jsonl") as samples_file:
+            Stop() as stop, append(metrics_path) as metrics_file, \
+            append(samples_path) as samples_file:
         for step in range(done + 1, s.steps + 1):
             # A linear decay: the last steps settle instead of wandering.
             optimizer.param_groups[0]["lr"] = s.lr * (1 - (step - 1) / s.steps)
@@ -669,8 +661,10 @@ def train(run: Run, prompts: list[Prompt]) -> bool:
                     # The lines first: a checkpoint must not know more than they do.
                     for file in (metrics_file, samples_file):
                         os.fsync(file.fileno())
-                    save_checkpoint(checkpoint, parameters, optimizer, {
-                        "step": step, "config": file_sha256(run.folder / CONFIG)})
+                    save_checkpoint(
+                        run.folder / CHECKPOINT, parameters, optimizer,
+                        {"step": step, **{name: file_sha256(run.folder / name)
+                                          for name in (CONFIG, *LINES)}})
             show(bar, run, metrics)
             dead = dead + 1 if metrics["dead_groups"] == 1 else 0
             if dead == DEAD_STEPS:
@@ -680,6 +674,22 @@ def train(run: Run, prompts: list[Prompt]) -> bool:
             if asked:
                 break
     return not asked
+
+
+def steps_done(run: Run, parameters: list[Tensor],
+               optimizer: torch.optim.Optimizer) -> int:
+    """Load the folder's checkpoint, if it has one, and cut the files of lines to it."""
+    s, checkpoint, about, done = run.settings, run.folder / CHECKPOINT, {}, 0
+    if checkpoint.is_file():
+        about = load_checkpoint(checkpoint, parameters, optimizer)
+        done = about.get("step")
+        require(type(done) is int and 0 <= done <= s.steps, f"{checkpoint} is of step "
+                f"{done!r}, the run has {s.steps}")
+    if parallel.rank() == 0:
+        rows = s.prompts_per_step * s.group_size
+        for name, count in zip(LINES, (done, done * rows), strict=True):
+            keep_lines(run.folder / name, count, about.get(name))
+    return done
 
 
 def train_step(run: Run, prompts: list[Prompt], step: int,
@@ -935,7 +945,7 @@ def prepare(settings: Settings) -> tuple[Run, list[Prompt], list[Prompt]]:
 
 def require_empty(s: Settings, folder: Path) -> None:
     """A run starts in a folder without a run, whole or in parts."""
-    names = (CONFIG, "metrics.jsonl", "samples.jsonl", CHECKPOINT, BEFORE)
+    names = (CONFIG, *LINES, CHECKPOINT, BEFORE)
     # The other processes of this run may look when the first has begun to write.
     require(bool(s.resume) or parallel.rank() > 0
             or not any((folder / name).exists() for name in names),
@@ -1067,7 +1077,7 @@ def settings_of(folder: Path, argv: list[str] | None) -> Settings:
             "without --resume")
     require_unfinished(folder)
     if checkpoint.is_file():
-        require(checkpoint_about(checkpoint).get("config") == file_sha256(path),
+        require(checkpoint_about(checkpoint).get(CONFIG) == file_sha256(path),
                 f"{path} has changed since {checkpoint} was written; put the old one "
                 "back, or start another run")
     given = given_options(Settings, argv)
@@ -1162,7 +1172,7 @@ def finish(run: Run, held_out: list[Prompt], before: tuple, after: tuple,
     s = run.settings
     report(run, held_out, before, after)
     seconds = time.perf_counter() - started
-    lines = (run.folder / "metrics.jsonl").read_text().splitlines()
+    lines = (run.folder / LINES[0]).read_text().splitlines()
     metrics = [json.loads(line) for line in lines]
     write_json(run.folder / "summary.json", {
         "before": before[0], "after": after[0], "seconds": round(seconds, 1),
@@ -1175,8 +1185,7 @@ def finish(run: Run, held_out: list[Prompt], before: tuple, after: tuple,
         "answers": [{"prompt": p.text, "before": b, "after": a} for p, b, a in
                     zip(held_out, before[1], after[1], strict=True)]})
     # The checksums come last: a folder that has them is finished.
-    write_checksums(run.folder, [CONFIG, "metrics.jsonl", "samples.jsonl",
-                                 "summary.json"])
+    write_checksums(run.folder, [CONFIG, *LINES, "summary.json"])
     for name in (CHECKPOINT, BEFORE):
         (run.folder / name).unlink(missing_ok=True)
     print(f"\n{format_seconds(seconds)}, peak {peak_rss_gb():.2f} GB; "

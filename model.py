@@ -594,7 +594,7 @@ class Tokenizer:
         room.policies["json.dumps_kwargs"] = {"ensure_ascii": False}
         try:
             return room.from_string(source)
-        except jinja2.TemplateError as error:
+        except Exception as error:  # RecursionError, when brackets nest deeply
             raise UserError(f"{folder}: broken chat template: {error}") from error
 
     def _read_stops(self, folder: Path) -> list[int]:

@@ -351,12 +351,18 @@ def load_checkpoint(path: Path, parameters: list[Tensor],
     return about
 
 
-def keep_lines(path: Path, count: int) -> None:
-    """Cut a file of lines to its first `count`: what came after the checkpoint."""
+def keep_lines(path: Path, count: int, sha256: str | None) -> None:
+    """Cut a file of lines to its first `count`: what came after the checkpoint.
+
+    Args:
+        sha256: of these lines, as the checkpoint has it; None where there is none.
+    """
     lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
-    require(len(lines) >= count, f"{path} has {len(lines)} lines, the checkpoint knows "
-            f"of {count}; start the run again")
-    write_whole(path, b"".join(line + b"\n" for line in lines[:count]))
+    kept = b"".join(line + b"\n" for line in lines[:count])
+    require(sha256 in (None, hashlib.sha256(kept).hexdigest()),
+            f"{path} has changed since the checkpoint was written; put the old one "
+            "back, or start another run")
+    write_whole(path, kept)
 
 
 @contextlib.contextmanager

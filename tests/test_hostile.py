@@ -3,7 +3,7 @@
 * A seeded mutator damages checkpoints, tokenizers, adapters, JSONL files and run
   folders, by byte and by meaning. Each variant is loaded, or refused with a UserError;
   any other exception, a long wait, or a gigabyte of memory is a defect.
-* slow: 200 variants of each kind; `VARIANTS=2000 pytest -m slow -k thousands` for more.
+* slow: 500 variants of each kind; `VARIANTS=2000 pytest -m slow -k thousands` for more.
 """
 
 import copy
@@ -289,7 +289,7 @@ def test_damaged_files_are_loaded_or_refused(kind, originals, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_thousands_of_damaged_files_are_loaded_or_refused(kind, originals, tmp_path):
-    check(kind, int(os.environ.get("VARIANTS", "200")), originals, tmp_path, 0)
+    check(kind, int(os.environ.get("VARIANTS", "500")), originals, tmp_path, 0)
 
 
 def check(kind: str, count: int, originals: dict, tmp_path: Path, seed: int) -> None:

@@ -176,6 +176,14 @@ def test_changed_settings_are_refused(interrupted):
         grpo.main(["--resume", str(interrupted)])
 
 
+@pytest.mark.parametrize("name", grpo.LINES)
+def test_changed_lines_are_refused(name, interrupted):
+    text = (interrupted / name).read_text()
+    (interrupted / name).write_text(text.replace("0.", "1.", 1))
+    with pytest.raises(run.UserError, match=f"{name} has changed since"):
+        grpo.main(["--resume", str(interrupted)])
+
+
 def test_a_broken_checkpoint_is_refused(interrupted):
     path = interrupted / run.CHECKPOINT
     whole = path.read_bytes()
