@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+import baselines
 import grpo
 import reward_model
 import sample
@@ -43,7 +44,8 @@ def functions_with(tag: str) -> list[tuple[str, str]]:
 
 
 def test_the_map_has_every_tag_of_the_design():
-    assert sorted(MAP) == [*(f"[E{i}]" for i in range(1, 8)), "[L1]"]
+    assert sorted(MAP) == ["[B1]", "[D1]", *(f"[E{i}]" for i in range(1, 8)), "[L1]",
+                           *(f"[P{i}]" for i in range(1, 5)), "[S1]"]
 
 
 @pytest.mark.parametrize("tag", sorted(MAP))
@@ -55,7 +57,7 @@ def test_a_tag_stands_at_the_one_function_that_the_map_names(tag):
 
 def test_tags_in_the_code_are_in_the_map():
     used = {tag for path in MODULES
-            for tag in re.findall(r"\[[EL]\d\]", path.read_text())}
+            for tag in re.findall(r"\[[BDELPS]\d\]", path.read_text())}
     assert used <= set(MAP)
 
 
@@ -72,7 +74,7 @@ def test_links_and_paths_of_a_document_resolve(document):
 
 @pytest.mark.parametrize(("program", "settings"), [
     ("grpo.py", grpo.Settings), ("reward_model.py", reward_model.Settings),
-    ("sample.py", sample.Settings)])
+    ("sample.py", sample.Settings), ("baselines.py", baselines.Settings)])
 def test_options_in_the_commands_exist(program, settings):
     known = {"--" + name.replace("_", "-") for name in settings.__dataclass_fields__}
     for document in DOCUMENTS:

@@ -1,0 +1,691 @@
+"""What GRPO is compared with: PPO, DPO and tuning on the best answers.
+
+The paper's claims are comparisons: GRPO costs less than PPO-based RLHF, since it needs
+no critic; and DPO sees one preference where GRPO sees several objectives. Here the
+others stand, on the same path: the same frozen base and LoRA, sampling, reward model,
+log-probs and evaluation as `grpo.py`. What differs is what this file shows.
+
+PPO   (InstructGPT, arXiv 2203.02155; PPO, arXiv 1707.06347)
+      A critic V, the fourth role of the base, says what each token may still earn. The
+      KL to the base is part of the reward, token by token.
+[P1]  r_t = −β (log π_old − log ref)_t, and R more at the response's last token
+[P2]  δ_t = r_t + γ V_{t+1} − V_t       A_t = Σ_l (γλ)^l δ_{t+l}     (arXiv 1506.02438)
+[P3]  J = mean_t min(ρ A, clip(ρ, 1 ± ε) A)
+[P4]  L_V = ½ mean_t max((V − Ret)², (V_old + clip(V − V_old, ± ε) − Ret)²)
+
+DPO   (arXiv 2305.18290) No sampling while it learns: pairs of the base's own answers,
+      the best and the worst of a group by R. All axes have become one preference.
+[D1]  L = −log σ(β [(log π − log ref)(best) − (log π − log ref)(worst)])
+
+SFT   Rejection sampling: imitate the best answer of each group.
+[S1]  L = −mean_t log π(token of the best)
+
+Best of n needs no training, and n times the sampling whenever it is used.
+[B1]  KL(best of n ‖ base) ≤ log n − (n − 1)/n nats a response  (arXiv 2401.01879)
+
+    python baselines.py --method ppo
+    python baselines.py --compare --seeds 0,1,2      # everything, and the table
+
+Shapes: as in `grpo.py`; n rows of one group, C response tokens.
+"""
+
+import dataclasses
+import json
+import math
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import mean, stdev
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import grpo
+import lora
+from data import world
+from data.rubric import AXES
+from grpo import Batch, Clock, Prompt, Run, group_rows, response_hidden
+from logprob import token_logprobs
+from model import SIZES, TINY, Qwen, is_tiny, micro_batches
+from run import (
+    CHECKSUMS,
+    append,
+    append_line,
+    format_table,
+    one_line_errors,
+    only_writer,
+    option,
+    parse_settings,
+    read_json,
+    read_rows,
+    require,
+    write_json,
+    write_whole,
+)
+
+# ------------------------------------------------------------------------------- PPO
+
+
+def token_rewards(reward: Tensor, logp_old: Tensor, logp_ref: Tensor, mask: Tensor,
+                  beta: float) -> Tensor:
+    """Rewards (B, C) of single tokens from R (B,) of whole responses."""
+    # [P1] r_t = −β (log π_old − log ref)_t, and R more at the response's last token
+    rewards = torch.where(mask, -beta * (logp_old - logp_ref), 0.0)  # (B, C)
+    last = mask.sum(1) - 1  # (B,)
+    return rewards.scatter_add(1, last[:, None], reward[:, None].to(rewards))
+
+
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float,
+        lam: float) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation.
+
+    Args:
+        rewards, values, mask: (B, C); V_t is what the critic says before token t.
+
+    Returns:
+        advantage and return (B, C), 0 where mask is False.
+    """
+    # [P2] δ_t = r_t + γ V_{t+1} − V_t       A_t = Σ_l (γλ)^l δ_{t+l}
+    values = torch.where(mask, values, 0.0)  # after the last token nothing is earned
+    ahead = F.pad(values, (0, 1))[:, 1:]  # V_{t+1}
+    delta = rewards + gamma * ahead - values
+    advantage, later = torch.zeros_like(delta), torch.zeros_like(delta[:, 0])
+    for t in reversed(range(delta.shape[1])):  # A_t = δ_t + γλ A_{t+1}
+        later = torch.where(mask[:, t], delta[:, t] + gamma * lam * later, 0.0)
+        advantage[:, t] = later
+    return advantage, advantage + values
+
+
+def whiten(advantage: Tensor, mask: Tensor) -> Tensor:
+    """Mean 0 and spread 1 over the tokens of the step."""
+    chosen = advantage[mask]
+    return torch.where(
+        mask, (advantage - chosen.mean()) / (chosen.std(correction=0) + 1e-8), 0.0)
+
+
+def ppo_loss(logp: Tensor, logp_old: Tensor, advantage: Tensor, mask: Tensor,
+             clip: float, tokens: int) -> Tensor:
+    """The policy's loss of a part of a step; all arguments (n, C)."""
+    ratio = torch.where(mask, logp - logp_old, 0.0).exp()
+    # [P3] J = mean_t min(ρ A, clip(ρ, 1 ± ε) A)
+    kept = torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
+    return -torch.where(mask, kept, 0.0).sum() / tokens
+
+
+def value_loss(values: Tensor, values_old: Tensor, returns: Tensor, mask: Tensor,
+               clip: float, tokens: int) -> Tensor:
+    """The critic's loss of a part of a step; all arguments (n, C)."""
+    # [P4] L_V = ½ mean_t max((V − Ret)², (V_old + clip(V − V_old, ± ε) − Ret)²)
+    near = values_old + (values - values_old).clamp(-clip, clip)
+    worse = torch.maximum((values - returns).square(), (near - returns).square())
+    return 0.5 * torch.where(mask, worse, 0.0).sum() / tokens
+
+
+class Critic:
+    """V (n, C): what a response may still earn before each token.
+
+    The fourth role of the frozen base: an adapter `value` and a head D → 1.
+    """
+
+    def __init__(self, model: Qwen, rank: int, seed: int) -> None:
+        lora.attach(model, "value", rank, 2 * rank, seed + 1)
+        dtype = torch.promote_types(torch.float32, model.unembed.dtype)
+        self.model = model
+        self.head = nn.Linear(model.config.hidden_size, 1, device=model.device,
+                              dtype=dtype)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Adapter and head."""
+        return lora.parameters(self.model, "value") + list(self.head.parameters())
+
+    def values(self, run: Run, prompt: list[int], rows: list[list[int]],
+               prefix) -> Tensor:
+        """V (n, C); the caller has let "value" speak."""
+        hidden, _ = response_hidden(run, prompt, rows, prefix)  # (n, C, D)
+        # Of length 1: AdamW moves every weight by about lr, so that a head over hidden
+        # states as long as Qwen's would leap from nothing to ten in its first step.
+        hidden = F.normalize(hidden.to(self.head.weight.dtype), dim=-1)
+        return self.head(hidden)[..., 0]
+
+
+@dataclasses.dataclass
+class Tokens:
+    """What PPO keeps of a step while it learns from it: all (B, C)."""
+
+    logp_old: Tensor
+    values_old: Tensor
+    advantage: Tensor
+    returns: Tensor
+
+
+@torch.no_grad()
+def look_back(run: Run, critic: Critic, batch: Batch, beta: float, gamma: float,
+              lam: float) -> tuple[Tokens, dict[str, float]]:
+    """Old values and the reference's log-probs, what follows from them, and metrics."""
+    mask, logp = batch.sampled.mask, batch.sampled.logp  # the sampler knows log π_old
+    logp_ref, values = torch.zeros_like(logp), torch.zeros_like(logp)
+    for name, table in ((None, logp_ref), ("value", values)):
+        for place, prompt, rows, prefix in parts_of(run, batch, name):
+            found = (critic.values(run, prompt, rows, prefix) if name == "value"
+                     else log_probs(run, prompt, rows, prefix))
+            table[place, :found.shape[1]] = found.to(table)
+    rewards = token_rewards(batch.reward.to(logp), logp, logp_ref, mask, beta)
+    advantage, returns = gae(rewards, values, mask, gamma, lam)
+    left, whole = (returns - values)[mask].var(), returns[mask].var()
+    # An explained variance that stays at 0 says that the critic has learnt nothing.
+    metrics = {"kl": (logp - logp_ref)[mask].mean().item(),
+               "explained_variance": 1 - (left / whole.clamp(min=1e-12)).item()}
+    return Tokens(logp, values, whiten(advantage, mask), returns), metrics
+
+
+def parts_of(run: Run, batch: Batch, name: str | None) -> Iterator[tuple]:
+    """(rows of the batch, prompt, responses, prefix) of all parts; `name` speaks.
+
+    Between two parts the caller may run `backward`: see `Qwen.shared_prefix`.
+    """
+    with lora.using(run.model, name):
+        for p, prompt in enumerate(batch.prompts):
+            rows = group_rows(run, batch, p)
+            with run.model.shared_prefix(prompt.ids) as prefix:
+                for part in micro_batches([len(r) for r in rows]):
+                    place = torch.tensor(part, device=run.model.device)
+                    yield (place + p * run.settings.group_size, prompt.ids,
+                           [rows[i] for i in part], prefix)
+
+
+def log_probs(run: Run, prompt: list[int], rows: list[list[int]], prefix) -> Tensor:
+    """log π (n, C) of responses, from whoever is speaking."""
+    hidden, mask = response_hidden(run, prompt, rows, prefix)
+    targets = torch.tensor([t for r in rows for t in r], device=hidden.device)
+    logp = token_logprobs(hidden[mask], run.model.unembed, targets,
+                          run.settings.temperature, run.tokenizer.valid)
+    return grpo.spread(logp, mask)
+
+
+def ppo_update(run: Run, critic: Critic, batch: Batch, old: Tokens,
+               clip: float) -> dict[str, float]:
+    """Add the gradients of both losses over a whole step; return the losses."""
+    mask = batch.sampled.mask
+    tokens, sums = int(mask.sum()), {"loss": 0.0, "value_loss": 0.0}
+    for place, prompt, rows, prefix in parts_of(run, batch, "policy"):
+        logp = log_probs(run, prompt, rows, prefix)
+        here = (place, slice(0, logp.shape[1]))
+        loss = ppo_loss(logp, old.logp_old[here], old.advantage[here], mask[here], clip,
+                        tokens)
+        loss.backward()
+        sums["loss"] += loss.item()
+    for place, prompt, rows, prefix in parts_of(run, batch, "value"):
+        values = critic.values(run, prompt, rows, prefix)
+        here = (place, slice(0, values.shape[1]))
+        loss = value_loss(values, old.values_old[here], old.returns[here], mask[here],
+                          clip, tokens)
+        loss.backward()
+        sums["value_loss"] += loss.item()
+    return sums
+
+
+# ------------------------------------------------------------------------- DPO and SFT
+
+
+def dpo_loss(best: Tensor, worst: Tensor, best_ref: Tensor, worst_ref: Tensor,
+             beta: float) -> Tensor:
+    """Loss (n,) of pairs from the log-probs (n,) of whole responses."""
+    # [D1] L = −log σ(β [(log π − log ref)(best) − (log π − log ref)(worst)])
+    return -F.logsigmoid(beta * ((best - best_ref) - (worst - worst_ref)))
+
+
+@dataclasses.dataclass
+class Pair:
+    """Two of the base's answers to a prompt, and their log-probs under the base."""
+
+    prompt: list[int]
+    best: list[int]
+    worst: list[int]
+    ref: Tensor | None  # (2,); SFT needs none
+
+
+@torch.no_grad()
+def make_pairs(run: Run, batches: list[Batch], method: str) -> list[Pair]:
+    """Best and worst of every group that is alive."""
+    pairs = []
+    for batch in batches:
+        reward = batch.reward.view(-1, run.settings.group_size)  # (P, G)
+        for p in range(len(batch.prompts)):
+            if batch.alive[p]:
+                rows, prompt = group_rows(run, batch, p), batch.prompts[p].ids
+                two = [rows[int(reward[p].argmax())], rows[int(reward[p].argmin())]]
+                ref = None
+                if method == "dpo":
+                    with lora.using(run.model, None), \
+                            run.model.shared_prefix(prompt) as prefix:
+                        ref = log_probs(run, prompt, two, prefix).sum(1)
+                pairs.append(Pair(prompt, *two, ref))
+    return pairs
+
+
+def dpo_step(run: Run, pairs: list[Pair], beta: float) -> float:
+    """Add the gradient of [D1], mean over some pairs; return the loss."""
+    total = 0.0
+    for pair in pairs:
+        with run.model.shared_prefix(pair.prompt) as prefix:
+            logp = log_probs(run, pair.prompt, [pair.best, pair.worst], prefix).sum(1)
+            loss = dpo_loss(logp[:1], logp[1:], pair.ref[:1], pair.ref[1:], beta)
+            loss = loss.sum() / len(pairs)
+            loss.backward()
+        total += loss.item()
+    return total
+
+
+def sft_step(run: Run, pairs: list[Pair]) -> float:
+    """Add the gradient of [S1], mean over the tokens of some best answers."""
+    total, tokens = 0.0, sum(len(pair.best) for pair in pairs)
+    for pair in pairs:
+        with run.model.shared_prefix(pair.prompt) as prefix:
+            logp = log_probs(run, pair.prompt, [pair.best], prefix)
+            # [S1] L = −mean_t log π(token of the best)
+            loss = -logp.sum() / tokens
+            loss.backward()
+        total += loss.item()
+    return total
+
+
+# --------------------------------------------------------------------------- the loops
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Options of `python baselines.py`; `resolve` replaces a default of None."""
+
+    method: str = option("ppo", "what to train by",
+                         choices=["ppo", "dpo", "sft", "best-of-n"])
+    compare: bool = option(False, "run all methods with all --seeds; print the table")
+    ablate: bool = option(False, "the same for the parts of GRPO, one by one")
+    search: str = option("", "try this method's settings on the validation prompts")
+    seeds: str = option("0,1,2", "of --compare and --ablate")
+    size: str = option("tiny", "as grpo.py has it", choices=[*grpo.SIZES])
+    model: str | None = option(None, "checkpoint folder or Hub name, instead of --size")
+    weights: str = option("", "axis=weight,...; unnamed axes keep 1")
+    prompts: Path | None = option(None, "JSONL of prompts")
+    reward: str | None = option(None, "reward model folder, or gold (tiny world only)")
+    steps: int | None = option(None, "P · G responses are sampled in each")
+    prompts_per_step: int | None = option(None, "P, prompts a step")
+    group_size: int = option(8, "G, responses a prompt")
+    max_new_tokens: int | None = option(None, "C, longest response")
+    temperature: float = option(1.0, "of sampling and scoring alike")
+    lr: float | None = option(None, "AdamW's learning rate")
+    value_lr: float | None = option(None, "the critic's (PPO)")
+    rank: int | None = option(None, "LoRA rank r, of policy and critic")
+    epochs: int | None = option(None, "passes over the same responses or pairs")
+    clip: float = option(0.2, "epsilon of policy and value (PPO)")
+    beta: float | None = option(None, "weight of the KL (PPO), sharpness (DPO)")
+    gamma: float = option(1.0, "discount (PPO)")
+    lam: float = option(0.95, "lambda of the advantage estimate (PPO)")
+    eval_prompts: int | None = option(None, "held-out prompts, before and after")
+    seed: int = option(0, "of adapter, prompts and sampling")
+    out: Path | None = option(None, "run folder (default: runs/METHOD-NAME)")
+    device: str | None = option(None, "cpu or cuda (default: cuda if there is one)")
+    dtype: str | None = option(None, "of the base weights (default: by the device)",
+                               choices=["float32", "bfloat16"])
+
+
+# By `model.is_tiny` and method: where `SEARCH`, tried by `--search METHOD`, begins.
+DEFAULTS = {
+    True: {"ppo": {"lr": 3e-3, "value_lr": 3e-3, "epochs": 2, "beta": 0.04},
+           "dpo": {"lr": 2e-3, "epochs": 1, "beta": 0.1},
+           "sft": {"lr": 2e-3, "epochs": 1}, "best-of-n": {}},
+    False: {"ppo": {"lr": 1e-4, "value_lr": 1e-4, "epochs": 2, "beta": 0.04},
+            "dpo": {"lr": 5e-5, "epochs": 1, "beta": 0.1},
+            "sft": {"lr": 5e-5, "epochs": 1}, "best-of-n": {}},
+}
+
+
+def resolve(s: Settings) -> Settings:
+    """Fill in the defaults of the method, and refuse what makes no sense."""
+    table = DEFAULTS[is_tiny(s.model or SIZES[s.size])][s.method]
+    s = dataclasses.replace(s, **{name: value for name, value in table.items()
+                                  if getattr(s, name) is None})
+    for name in ("lr", "value_lr", "epochs"):
+        value = getattr(s, name)
+        require(value is None or 0 < value < math.inf,
+                f"--{name.replace('_', '-')} must be positive")
+    for name in ("beta", "gamma", "lam"):
+        value = getattr(s, name)
+        require(value is None or 0 <= value < math.inf,
+                f"--{name} must not be negative")
+    require(s.gamma <= 1 and s.lam <= 1, "--gamma and --lam must be at most 1")
+    return s
+
+
+def common(s: Settings) -> grpo.Settings:
+    """What `grpo.py` has too, for the parts that are shared."""
+    names = {f.name for f in dataclasses.fields(grpo.Settings)}
+    shared = {f.name: getattr(s, f.name) for f in dataclasses.fields(s)
+              if f.name in names and f.name != "beta"}
+    return grpo.resolve(grpo.Settings(**shared))
+
+
+def update(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """Clip each group's gradient to norm 1, take the step; return the norms."""
+    norms = {}
+    for group in optimizer.param_groups:
+        norm = nn.utils.clip_grad_norm_(group["params"], 1.0)
+        require(bool(norm.isfinite()), "the gradient is not finite; lower --lr")
+        norms[group["name"]] = norm.item()
+    optimizer.step()
+    optimizer.zero_grad()
+    return norms
+
+
+def decay(optimizer: torch.optim.Optimizer, step: int, steps: int) -> None:
+    """GRPO's linear decay, for every group of parameters from its own peak."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * (1 - (step - 1) / steps)
+
+
+def train_ppo(run: Run, prompts: list[Prompt], s: Settings) -> list[nn.Parameter]:
+    """Sample, score, look back, and learn from the same responses several times."""
+    critic, policy = (Critic(run.model, run.settings.rank, s.seed),
+                      lora.parameters(run.model, "policy"))
+    optimizer = torch.optim.AdamW([
+        {"params": policy, "peak": s.lr, "name": "grad_norm"},
+        {"params": critic.parameters(), "peak": s.value_lr, "name": "value_grad_norm"},
+    ], weight_decay=0.0)
+    order = grpo.shuffled(prompts, s.seed)
+    with Progress(run, run.settings.steps) as progress:
+        for step in range(1, run.settings.steps + 1):
+            clock, started = Clock(), time.perf_counter()
+            decay(optimizer, step, run.settings.steps)
+            chosen = grpo.draw_prompts(order, run.settings.prompts_per_step)
+            batch = grpo.sample_and_score(run, chosen, step, clock)
+            if step == 1:  # else the critic would spend its first steps on the mean
+                nn.init.constant_(critic.head.bias, batch.reward.mean().item())
+            metrics = grpo.describe(run, batch)
+            with clock("values"):
+                old, found = look_back(run, critic, batch, s.beta, s.gamma, s.lam)
+            with clock("training"):
+                for _ in range(s.epochs):
+                    metrics |= ppo_update(run, critic, batch, old, s.clip)
+                    metrics |= update(optimizer)
+            progress.write({
+                "step": step, **metrics, **found,
+                "trained_tokens": 2 * s.epochs * metrics["tokens"],  # policy and critic
+                "seconds": time.perf_counter() - started,
+                **{f"seconds_{phase}": t for phase, t in clock.seconds.items()}})
+            grpo.write_samples(run, batch, step, progress.samples)
+    return policy + critic.parameters()
+
+
+def train_on_pairs(run: Run, prompts: list[Prompt],
+                   s: Settings) -> list[nn.Parameter]:
+    """Sample from the base as GRPO would, then learn from the best (and worst)."""
+    steps, size = run.settings.steps, run.settings.prompts_per_step
+    order, batches = grpo.shuffled(prompts, s.seed), []
+    with Progress(run, steps) as progress:
+        for step in range(1, steps + 1):
+            clock, started = Clock(), time.perf_counter()
+            chosen = grpo.draw_prompts(order, size)
+            batch = grpo.sample_and_score(run, chosen, step, clock)
+            progress.write({"step": step, **grpo.describe(run, batch),
+                            "trained_tokens": 0,
+                            "seconds": time.perf_counter() - started})
+            grpo.write_samples(run, batch, step, progress.samples)
+            batches.append(batch)
+    started = time.perf_counter()
+    pairs = make_pairs(run, batches, s.method)
+    require(bool(pairs), "the rewards of every group agree; there are no pairs to "
+            "learn from")
+    shuffle, parts = random.Random(s.seed), []
+    for _ in range(s.epochs):
+        shuffle.shuffle(pairs)
+        parts += [pairs[i:i + size] for i in range(0, len(pairs), size)]
+    policy = lora.parameters(run.model, "policy")
+    optimizer = torch.optim.AdamW(
+        [{"params": policy, "peak": s.lr, "name": "grad_norm"}], weight_decay=0.0)
+    with Progress(run, len(parts)) as progress, lora.using(run.model, "policy"):
+        for number, part in enumerate(parts, 1):
+            decay(optimizer, number, len(parts))
+            loss = (dpo_step(run, part, s.beta) if s.method == "dpo"
+                    else sft_step(run, part))
+            trained = sum(len(p.best) + (len(p.worst) if s.method == "dpo" else 0)
+                          for p in part)
+            progress.write({"step": steps + number, "loss": loss, "tokens": 0,
+                            "trained_tokens": trained, **update(optimizer),
+                            "seconds": time.perf_counter() - started})
+            started = time.perf_counter()
+    return policy
+
+
+class Progress:
+    """metrics.jsonl, samples.jsonl and the progress bar of one phase."""
+
+    def __init__(self, run: Run, total: int) -> None:
+        self.run, self.total = run, total
+
+    def __enter__(self) -> "Progress":
+        self.metrics = append(self.run.folder / "metrics.jsonl")
+        self.samples = append(self.run.folder / "samples.jsonl")
+        self.bar = tqdm(total=self.total, unit="step", file=sys.stderr)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.metrics.close()
+        self.samples.close()
+        self.bar.close()
+
+    def write(self, metrics: dict) -> None:
+        """One step's line."""
+        append_line(self.metrics, metrics)
+        if "R" in metrics:
+            grpo.show(self.bar, self.run, metrics)
+        else:
+            self.bar.set_postfix({"loss": f"{metrics['loss']:.3f}"}, refresh=False)
+            self.bar.update()
+
+
+def best_of_kl(n: int) -> float:
+    """Upper bound of the KL of best-of-n to its base, in nats a response."""
+    # [B1] KL(best of n ‖ base) ≤ log n − (n − 1)/n
+    return math.log(n) - (n - 1) / n
+
+
+# ---------------------------------------------------------------------- the comparison
+
+# What `--compare` runs, and what `--ablate` does: name → program and options.
+COMPARED = {
+    "GRPO": ["grpo.py"],
+    "PPO": ["baselines.py", "--method", "ppo"],
+    "DPO": ["baselines.py", "--method", "dpo"],
+    "SFT on the best": ["baselines.py", "--method", "sft"],
+    "best of 8": ["baselines.py", "--method", "best-of-n"],
+}
+ABLATED = {
+    "equal weights": ["grpo.py"],
+    **{f"{axis} alone": ["grpo.py", "--weights", ",".join(
+        f"{a}={int(a == axis)}" for a in AXES)] for axis in AXES},
+    "GDPO": ["grpo.py", "--advantage", "gdpo"],
+    "no division by the spread": ["grpo.py", "--advantage", "mean-only"],
+    "beta 0": ["grpo.py", "--beta", "0"],
+    "PPO at GRPO's updates": ["baselines.py", "--method", "ppo", "--epochs", "1"],
+}
+# Four settings for every method, so that none wins by neglect of the others.
+SEARCH = {
+    "grpo": [{"lr": lr, "beta": beta} for lr in (3e-3, 4.5e-3)
+             for beta in (0.02, 0.04)],
+    "ppo": [{"lr": lr, "beta": beta} for lr in (1.5e-3, 3e-3) for beta in (0.01, 0.04)],
+    "dpo": [{"lr": lr, "beta": beta} for lr in (5e-4, 2e-3) for beta in (0.05, 0.2)],
+    "sft": [{"lr": lr, "epochs": n} for lr in (1e-3, 3e-3) for n in (1, 2)],
+}
+
+
+def run_all(programs: dict[str, list[str]], seeds: list[int],
+            folder: Path) -> dict[str, list[dict]]:
+    """Run every program with every seed, each in a process of its own; summaries.
+
+    A run that is finished already is not repeated, so an interrupted comparison goes on
+    where it was.
+    """
+    found: dict[str, list[dict]] = {name: [] for name in programs}
+    jobs = [(name, seed) for seed in seeds for name in programs]
+    for name, seed in tqdm(jobs, unit="run", file=sys.stderr):
+        out = folder / f"{name.replace(' ', '-').lower()}-{seed}"
+        if not (out / CHECKSUMS).is_file():
+            words = [sys.executable, str(Path(__file__).parent / programs[name][0]),
+                     *programs[name][1:], "--seed", str(seed), "--out", str(out)]
+            end = subprocess.run(words, stdout=subprocess.DEVNULL, check=False)
+            require(end.returncode == 0, f"{' '.join(words[1:])} ended with status "
+                    f"{end.returncode}; see above")
+        found[name].append(read_json(out / "summary.json"))
+    return found
+
+
+def spread(values: list[float], form: str = ".3f") -> str:
+    """Mean ± standard deviation over the seeds."""
+    if len(values) == 1:
+        return f"{values[0]:{form}}"
+    return f"{mean(values):{form}} ± {stdev(values):{form}}"
+
+
+def comparison(found: dict[str, list[dict]]) -> list[str]:
+    """Two Markdown tables: what came of it, and what it cost."""
+    base = [{"after": run["before"]} for run in next(iter(found.values()))]
+    axes = [axis for axis in base[0]["after"]["gold"] if axis != "R"]
+    lines = ["| method | gold R | " + " | ".join(axes) + " | reward model R | KL | "
+             "kind refusals with a step | refusals of benign |",
+             "|" + "---|" * (len(axes) + 6)]
+    for name, runs in {"(the base)": base, **found}.items():
+        after = [run["after"] for run in runs]
+        cells = [spread([a["gold"][k] for a in after]) for k in ("R", *axes)]
+        cells += [spread([a["reward_model"]["R"] for a in after]),
+                  spread([a["kl"] for a in after])]
+        cells += [spread([a["behaviour"][side].get(kind, 0.0) for a in after], ".0%")
+                  for side, kind in (("harmful", "refuse_kind_step"),
+                                     ("benign", "refuse"))]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    lines += ["", "| method | training seconds | peak GB | sampled tokens | trained "
+              "tokens | trained parameters |", "|" + "---|" * 6]
+    for name, runs in found.items():
+        cells = [spread([r["training_seconds"] for r in runs], ".0f"),
+                 spread([r["peak_rss_gb"] for r in runs], ".2f")]
+        cells += [f"{mean(r[k] for r in runs):,.0f}" for k in (
+            "sampled_tokens", "trained_tokens", "trained_parameters")]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def plot(found: dict[str, list[dict]], path: Path) -> None:
+    """Gold R against seconds, and against KL; needs matplotlib."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no plot: pip install matplotlib", file=sys.stderr)
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, places = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True)
+    for name, runs in found.items():
+        gold = [r["after"]["gold"]["R"] for r in runs]
+        places[0].scatter([r["training_seconds"] for r in runs], gold, label=name)
+        places[1].scatter([r["after"]["kl"] for r in runs], gold, label=name)
+    places[0].set(xlabel="training seconds", ylabel="gold R on held-out prompts")
+    places[1].set(xlabel="exact KL to the base, nats a token")
+    places[1].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def compare(s: Settings) -> None:
+    """All methods or all ablations, with every seed: a table and a plot."""
+    kind = "ablate" if s.ablate else "compare"
+    seeds = [int(seed) for seed in s.seeds.split(",") if seed.strip().isdigit()]
+    require(bool(seeds), f"--seeds {s.seeds}: expected numbers, such as 0,1,2")
+    folder = s.out or Path("runs") / kind
+    found = run_all(ABLATED if s.ablate else COMPARED, seeds, folder)
+    table = "\n".join(comparison(found))
+    write_whole(folder / "table.md", table + "\n")
+    plot(found, folder / "plot.png")
+    print(table)
+
+
+def validation_prompts(path: Path, count: int = 64) -> None:
+    """The tiny world's training prompts, and others of the same subjects held out.
+
+    Settings are chosen on these, so that the held-out subjects stay unseen.
+    """
+    rows = read_rows(TINY / "prompts.jsonl", responses=False)
+    chance, held = random.Random(7), []
+    for harmful in (True, False):
+        fresh = [p.text for p in world.training_prompts() if p.harmful == harmful
+                 and p.text not in {row["prompt"] for row in rows}]
+        held += chance.sample(fresh, count)
+    rows = [row for row in rows if row["split"] == "train"]
+    rows += [{"prompt": text, "split": "heldout"} for text in held]
+    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n"
+                              for row in rows))
+
+
+def search(s: Settings) -> None:
+    """Every setting of SEARCH for one method, judged on the validation prompts."""
+    method, rows = s.search, []
+    require(method in SEARCH, f"--search {method}: one of {', '.join(SEARCH)}")
+    home = s.out or Path("runs") / "search"
+    validation_prompts(home / "validation.jsonl")
+    for number, options in enumerate(SEARCH[method]):
+        words = [word for key, value in options.items()
+                 for word in (f"--{key}", str(value))]
+        program = (["grpo.py"] if method == "grpo"
+                   else ["baselines.py", "--method", method])
+        name = " ".join(words)
+        program += [*words, "--prompts", str(home / "validation.jsonl")]
+        [summary] = run_all({name: program}, [s.seed],
+                            home / method / str(number))[name]
+        rows.append([name, *(summary["after"][who]["R"] for who in
+                             ("gold", "reward_model")), summary["after"]["kl"]])
+    rows.sort(key=lambda row: -row[1])
+    print(format_table(["options", "gold R", "reward model R", "KL"], rows))
+
+
+# ------------------------------------------------------------------------ command line
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Train by one method, or run a comparison."""
+    started = time.perf_counter()
+    s = parse_settings(Settings, __doc__.split("\n")[0], argv)
+    if s.compare or s.ablate or s.search:
+        (search if s.search else compare)(s)
+        return
+    s = resolve(s)
+    run, prompts, held_out = grpo.prepare(dataclasses.replace(
+        common(s), out=s.out or grpo.free_folder(common(s), s.method)))
+    with only_writer(run.folder):
+        config = {name: str(value) if isinstance(value, Path) else value
+                  for name, value in dataclasses.asdict(s).items()}
+        write_json(run.folder / "config.json", config | {
+            "axes": run.axes, "torch": torch.__version__,
+            "threads": torch.get_num_threads()})
+        before = grpo.evaluate(run, held_out, "before")
+        if s.method == "best-of-n":
+            with Progress(run, 0):  # nothing to learn: empty files
+                trained = []
+            after = grpo.evaluate(run, held_out, "best", best_of=s.group_size)
+            # The policy is the base, but the choice is not: its bound, for a token.
+            after[0]["kl"] = best_of_kl(s.group_size) / after[0]["length"]
+        else:
+            trained = (train_ppo if s.method == "ppo" else train_on_pairs)(
+                run, prompts, s)
+            grpo.save_policy(run)
+            after = grpo.evaluate(run, held_out, "after")
+        grpo.finish(run, held_out, before, after, started, trained)
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(sys.argv[1:])

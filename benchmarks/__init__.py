@@ -1,0 +1,1 @@
+"""Ours against what people use: `python -m benchmarks MODEL_FOLDER`."""

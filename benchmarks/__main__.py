@@ -1,0 +1,235 @@
+"""Ours against what people use: `python -m benchmarks MODEL_FOLDER`.
+
+Every measurement runs in a process of its own (`cases.py`). The two sides of a row take
+turns, so that a slow minute of the machine hits both; a figure is the median over all
+rounds, with the smallest and the largest beside it. A ratio above 1 means that ours is
+better. Rows where we lose stay.
+
+Needs `pip install -r requirements-peers.txt`. Everything on a real 0.5B takes about two
+hours on two cores; `--only growth` and the like take parts of it, and `--repeats 1` a
+third.
+"""
+
+import dataclasses
+import json
+import platform
+import subprocess
+import sys
+from datetime import date
+from pathlib import Path
+from statistics import median
+
+from tqdm import tqdm
+
+from model import TINY
+from run import (
+    UserError,
+    file_sha256,
+    one_line_errors,
+    option,
+    parse_settings,
+    require,
+    write_json,
+    write_whole,
+)
+
+ROOT = Path(__file__).parent.parent
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Options of `python -m benchmarks`."""
+
+    model: str = option("", "folder of a real Qwen checkpoint", positional=True)
+    only: str = option("", "parts of the names of the rows to run, with commas between")
+    repeats: int = option(3, "processes of each side")
+    out: Path = option(ROOT / "benchmarks" / "results.json", "the figures, as JSON; "
+                       "the tables go beside it as Markdown")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A line of a table: one case, and who takes part in it."""
+
+    name: str
+    sides: tuple[str, ...]  # the first is ours
+    case: dict
+
+
+def all_rows(model: str) -> list[Row]:
+    """Everything that is measured, in the order of the tables."""
+    def grpo(prompts: int, prompt_tokens: int, group: int, response: int, steps: int,
+             who: str = model) -> dict:
+        return {"case": "step", "model": who, "prompts": prompts, "steps": steps,
+                "prompt_tokens": prompt_tokens, "group_size": group,
+                "response_tokens": response}
+
+    both = ("ours", "trl")
+    rows = [Row("step, short: 2 × 57 × 8 × 64", (*both, "trl, tuned"),
+                grpo(2, 57, 8, 64, 1)),
+            Row("step, long: 1 × 517 × 8 × 32", both, grpo(1, 517, 8, 32, 1)),
+            Row("step, tiny model: 8 × 24 × 8 × 48", both,
+                grpo(8, 24, 8, 48, 10, str(TINY)))]
+    rows += [Row(f"rollout, batch {n}", ("ours", "generate"),
+                 {"case": "sampled", "model": model, "rows": n, "prompt_tokens": 57,
+                  "response_tokens": 32, "steps": 1}) for n in (1, 8, 16, 32)]
+    rows += [Row(f"log-probs, N = {n}",
+                 ("ours", "naive", "trl selective", "trl chunked"),
+                 {"case": "logprobs", "rows": n, "vocabulary": 151_936, "width": 896,
+                  "steps": 3}) for n in (512, 2048)]
+    rows += [Row("two LoRA blocks, 16 × 128 tokens", ("ours", "peft"),
+                 {"case": "block", "rows": 16, "tokens": 128, "steps": 10}),
+             Row("loading", ("ours", "from_pretrained"),
+                 {"case": "loading", "model": model})]
+    # What costs how much: one of the four sizes doubles, the others stay.
+    base = {"prompts": 1, "prompt_tokens": 64, "group": 4, "response": 16}
+    for key, values in (("prompts", (1, 2, 4)), ("prompt_tokens", (64, 256, 512)),
+                        ("group", (4, 8, 16)), ("response", (16, 32, 64))):
+        rows += [Row(f"growth, {key.replace('_', ' ')} = {value}", ("ours",),
+                     grpo(**(base | {key: value}), steps=1)) for value in values]
+    return rows
+
+
+def measure(row: Row, side: str) -> dict:
+    """One process of one side."""
+    words = json.dumps(row.case | {"side": side})
+    end = subprocess.run([sys.executable, "-m", "benchmarks.cases", words], cwd=ROOT,
+                         capture_output=True, text=True, check=False)
+    if end.returncode:
+        lines = end.stderr.strip().splitlines() or ["it printed nothing"]
+        raise UserError(f"{row.name}, {side}: {lines[-1]} (needs "
+                        "requirements-peers.txt)")
+    return json.loads(end.stdout.splitlines()[-1])
+
+
+def summarise(runs: list[dict]) -> dict:
+    """Figures of all processes of a side → medians, with the smallest and largest."""
+    rounds = [r for run in runs for r in run["rounds"]]
+    whole = [r["all"] for r in rounds]
+    found = {"seconds": median(whole), "low": min(whole), "high": max(whole),
+             "rounds": len(whole), "peak_gb": median(r["peak_gb"] for r in runs),
+             "phases": {phase: median(r[phase] for r in rounds)
+                        for phase in rounds[0] if phase != "all"}}
+    first = runs[0]
+    if "tokens" in first:
+        found["tokens_per_second"] = first["tokens"] / found["seconds"]
+    if "gemm" in first:
+        # Each process beside the speed that the machine had right then.
+        found["share_of_gemm"] = {
+            phase: median(flops / (median(r[phase] for r in run["rounds"])
+                                   * sum(run["gemm"]) / 2) for run in runs)
+            for phase, flops in first["flops"].items()}
+    if "bandwidth" in first:
+        found["share_of_bandwidth"] = median(
+            run["bytes"] / (median(r["all"] for r in run["rounds"])
+                            * sum(run["bandwidth"]) / 2) for run in runs)
+    return found
+
+
+# ----------------------------------------------------------------------------- tables
+
+
+def compared(results: dict[str, dict]) -> list[str]:
+    """Ours beside the others: seconds, ratio, memory, share of the machine."""
+    lines = ["| | who | seconds (low to high) | ours is faster by | tokens/s | peak GB "
+             "| share of the machine |", "|" + "---|" * 7]
+    for name, sides in results.items():
+        ours = sides["ours"]
+        for side, r in sides.items():
+            ratio = "" if side == "ours" else f"{r['seconds'] / ours['seconds']:.2f} ×"
+            rate = r.get("tokens_per_second")
+            cells = [name, side, f"{r['seconds']:.2f} ({r['low']:.2f} to "
+                     f"{r['high']:.2f})", ratio, f"{rate:.1f}" if rate else "",
+                     f"{r['peak_gb']:.2f}", share(r)]
+            lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def share(result: dict) -> str:
+    """How near a side comes to the machine's own products or bandwidth."""
+    if "share_of_gemm" in result:
+        return ", ".join(f"{phase} {part:.0%} of GEMM"
+                         for phase, part in result["share_of_gemm"].items())
+    if "share_of_bandwidth" in result:
+        return f"{result['share_of_bandwidth']:.0%} of bandwidth"
+    return ""
+
+
+def phases(results: dict[str, dict]) -> list[str]:
+    """Where a step's seconds go; the reference's head is part of our training."""
+    lines = ["| | who | sampling | reference | training |", "|---|---|---|---|---|"]
+    for name, sides in results.items():
+        for side, r in sides.items():
+            cells = [f"{r['phases'][p]:.2f}" if p in r["phases"] else "–"
+                     for p in ("sampling", "reference", "training")]
+            lines.append(f"| {name} | {side} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def growth(results: dict[str, dict]) -> list[str]:
+    """Seconds and memory as one size doubles."""
+    lines = ["| | seconds | peak GB |", "|---|---|---|"]
+    for name, sides in results.items():
+        r = sides["ours"]
+        lines.append(f"| {name.removeprefix('growth, ')} | {r['seconds']:.2f} | "
+                     f"{r['peak_gb']:.2f} |")
+    return lines
+
+
+def tables(report: dict) -> str:
+    """The report as Markdown."""
+    rows = report["rows"]
+    grown = {n: r for n, r in rows.items() if n.startswith("growth")}
+    steps = {n: r for n, r in rows.items() if n.startswith("step")}
+    rest = {n: r for n, r in rows.items() if n not in grown}
+    about = (f"{report['date']}, {report['machine']}, {report['threads']} threads, "
+             f"PyTorch {report['torch']}, model SHA-256 {report['sha256']}.")
+    parts = [[about]]
+    parts += [make(found) for make, found in
+              ((compared, rest), (phases, steps), (growth, grown)) if found]
+    return "\n\n".join("\n".join(part) for part in parts) + "\n"
+
+
+def processor() -> str:
+    """Its name, as Linux tells it."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure, print and write."""
+    import torch
+
+    s = parse_settings(Settings, __doc__.split("\n")[0], argv)
+    weights = Path(s.model) / "model.safetensors"
+    require(weights.is_file(), f"{s.model} has no model.safetensors")
+    require(s.repeats >= 1, "--repeats must be at least 1")
+    wanted = [w.strip() for w in s.only.split(",")]
+    rows = [r for r in all_rows(s.model) if any(w in r.name for w in wanted)]
+    require(bool(rows), f"--only {s.only}: no row has that in its name")
+    found: dict[str, dict[str, list]] = {}
+    total = s.repeats * sum(len(row.sides) for row in rows)
+    with tqdm(total=total, unit="process", file=sys.stderr) as bar:
+        for row in rows:
+            found[row.name] = {side: [] for side in row.sides}
+            for _ in range(s.repeats):
+                for side in row.sides:
+                    bar.set_postfix_str(f"{row.name}: {side}")
+                    found[row.name][side].append(measure(row, side))
+                    bar.update()
+    report = {
+        "date": date.today().isoformat(), "machine": processor(),
+        "threads": torch.get_num_threads(), "torch": torch.__version__,
+        "sha256": file_sha256(weights), "repeats": s.repeats,
+        "rows": {name: {side: summarise(runs) for side, runs in sides.items()}
+                 for name, sides in found.items()}}
+    write_json(s.out, report)
+    write_whole(s.out.with_suffix(".md"), tables(report))
+    print(tables(report))
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(sys.argv[1:])

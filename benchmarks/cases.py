@@ -1,0 +1,389 @@
+"""One measurement, in a process of its own: `python -m benchmarks.cases JSON`.
+
+The JSON names a case (a function of this file), a side ("ours", or who else does the
+same) and the case's settings; the last line printed is a JSON object of figures. A
+process of its own, so that neither side inherits the other's memory or warm caches, and
+so that the largest memory of a process is that of one side.
+
+Both sides get the same model, token counts and LoRA (rank 16 on all seven projections).
+No response may end before its last token, and rewards are random: only work is
+measured. The first round of everything warms up and is not counted.
+"""
+
+import contextlib
+import json
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+RANK, BETA, LR = 16, 0.04, 1e-5
+
+# ---------------------------------------------------------------------- the machine
+
+
+def gemm_speed(seconds: float = 1.0) -> float:
+    """FLOP/s of a large fp32 matrix product: what this machine can do right now."""
+    a, b = torch.randn(2, 2048, 2048)
+    a @ b
+    rounds, started = 0, time.perf_counter()
+    while time.perf_counter() - started < seconds:
+        a @ b
+        rounds += 1
+    return rounds * 2 * 2048 ** 3 / (time.perf_counter() - started)
+
+
+def product_bandwidth(weight: torch.Tensor, rows: int, seconds: float = 1.0) -> float:
+    """Bytes of `weight` (V, D) read a second by its product with a few rows.
+
+    Of the two orders that give the same product, the faster one.
+    """
+    x, best = torch.randn(rows, weight.shape[1], dtype=weight.dtype), 0.0
+    for product in (lambda: x @ weight.T, lambda: weight @ x.T):
+        product()
+        rounds, started = 0, time.perf_counter()
+        while time.perf_counter() - started < seconds / 2:
+            product()
+            rounds += 1
+        size = weight.numel() * weight.element_size()
+        best = max(best, rounds * size / (time.perf_counter() - started))
+    return best
+
+
+def resident(field: str = "VmRSS") -> float:
+    """GB (10^9 bytes) of this process now; "VmHWM": the most since `forget_peak`."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024 / 1e9
+    raise OSError(f"no {field} in /proc/self/status; memory is measured on Linux only")
+
+
+def forget_peak() -> None:
+    """Let "VmHWM" start again from what is resident now."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def text_of(tokenizer, count: int) -> str:
+    """A text of exactly `count` tokens."""
+    ids = tokenizer.encode("how do i mend a wet book when the rain came in " * count)
+    for shift in range(50):
+        text = tokenizer.decode(ids[shift:shift + count])
+        if len(tokenizer.encode(text)) == count:
+            return text
+    raise ValueError(f"no text of {count} tokens found")
+
+
+# ------------------------------------------------------------------------- GRPO steps
+
+
+def step(side: str, **case: object) -> dict:
+    """Seconds of a whole GRPO step, by phase, and the largest memory."""
+    if side == "ours":
+        return our_step(**case)
+    return trl_step(**case, tuned=side == "trl, tuned")
+
+
+def our_step(model: str, prompts: int, prompt_tokens: int, group_size: int,
+             response_tokens: int, steps: int) -> dict:
+    """`grpo.py`'s own functions, phase by phase."""
+    import grpo
+    import lora
+    from model import load
+
+    base, tokenizer = load(model)
+    text = text_of(tokenizer, prompt_tokens)
+    tokenizer.stop_ids = [-1]  # nothing ends early
+    settings = grpo.resolve(grpo.Settings(
+        model=model, prompts_per_step=prompts, group_size=group_size, steps=steps,
+        max_new_tokens=response_tokens, rank=RANK, beta=BETA, lr=LR))
+    lora.attach(base, "policy", RANK, 2 * RANK)
+    axes = ["politeness", "meaningfulness", "actionability", "safety"]
+    run = grpo.Run(settings, base, tokenizer, axes, torch.ones(4),
+                   lambda _prompt, rows: torch.rand(len(rows), 4), {}, Path())
+    chosen = [grpo.Prompt(text, tokenizer.encode(text), i) for i in range(prompts)]
+    optimizer = torch.optim.AdamW(lora.parameters(base, "policy"), LR)
+
+    def one(number: int) -> dict[str, float]:
+        clock, started = grpo.Clock(), time.perf_counter()
+        with clock("sampling"):
+            sampled = grpo.sample_batch(run, chosen, number)
+        batch = grpo.score_batch(run, chosen, sampled)
+        grpo.train_batch(run, batch, optimizer, clock)
+        return {"all": time.perf_counter() - started, **clock.seconds}
+
+    one(0)
+    before = gemm_speed()
+    forget_peak()
+    rounds = [one(i) for i in range(1, steps + 1)]
+    peak, after = resident("VmHWM"), gemm_speed()
+    flops = count_flops(run, chosen)
+    return {"rounds": rounds, "peak_gb": peak, "gemm": [before, after], "flops": flops,
+            "tokens": prompts * group_size * response_tokens}
+
+
+def count_flops(run, chosen: list) -> dict[str, float]:
+    """FLOPs of the matrix products of a step's passes, counted by PyTorch.
+
+    It does not know the CPU's fused attention, whose few FLOPs are left out.
+    """
+    import grpo
+    import lora
+
+    found = {}
+    batch = grpo.score_batch(run, chosen, grpo.sample_batch(run, chosen, 99))
+    with FlopCounterMode(display=False) as counter:
+        reference = grpo.reference_hidden(run, batch, range(len(chosen)))
+    found["reference"] = counter.get_total_flops()
+    with FlopCounterMode(display=False) as counter, lora.using(run.model, "policy"):
+        for p in range(len(chosen)):
+            grpo.train_group(run, batch, p, reference[p], None)
+    found["training"] = counter.get_total_flops()
+    return found
+
+
+def trl_step(model: str, prompts: int, prompt_tokens: int, group_size: int,
+             response_tokens: int, steps: int, tuned: bool) -> dict:
+    """TRL's GRPOTrainer with its own defaults for everything that is not named.
+
+    Args:
+        tuned: without gradient checkpointing, which pays time for memory, and with the
+            head's product on response tokens only, which TRL does on GPUs alone.
+    """
+    import datasets
+    import peft
+    import transformers
+    import trl
+    import trl.trainer.utils
+
+    from lora import PROJECTIONS
+
+    if tuned:  # there it only chooses positions; the kernels have their own switch
+        trl.trainer.utils._use_triton = lambda _device: True
+
+    transformers.logging.set_verbosity_error()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    text, chance = text_of(tokenizer, prompt_tokens), random.Random(0)
+    rows = datasets.Dataset.from_list([{"prompt": text}] * prompts * (steps + 1))
+    times: list[float] = []
+    sampling: list[float] = []
+
+    class Watch(transformers.TrainerCallback):
+        def on_step_begin(self, *_args, **_kwargs) -> None:
+            times.append(time.perf_counter())
+
+        def on_step_end(self, *_args, **_kwargs) -> None:
+            times[-1] = time.perf_counter() - times[-1]
+            if len(times) == 1:
+                forget_peak()
+
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = trl.GRPOTrainer(
+            model=transformers.AutoModelForCausalLM.from_pretrained(
+                model, dtype=torch.float32),
+            reward_funcs=lambda completions, **_: [chance.random()
+                                                   for _ in completions],
+            args=trl.GRPOConfig(
+                folder, per_device_train_batch_size=prompts * group_size,
+                num_generations=group_size, max_completion_length=response_tokens,
+                max_steps=steps + 1, beta=BETA, learning_rate=LR, loss_type="grpo",
+                gradient_checkpointing=not tuned, use_cpu=True, bf16=False,
+                report_to="none", save_strategy="no", logging_strategy="no",
+                disable_tqdm=True,
+                generation_kwargs={"min_new_tokens": response_tokens}),
+            train_dataset=rows, processing_class=tokenizer, callbacks=[Watch()],
+            peft_config=peft.LoraConfig(r=RANK, lora_alpha=2 * RANK,
+                                        target_modules=list(PROJECTIONS)))
+        scoring: list[float] = []
+        for name, found in (("_generate", sampling),
+                            ("_generate_and_score_completions", scoring)):
+            setattr(trainer, name, timed(getattr(trainer, name), found))
+        with contextlib.redirect_stdout(sys.stderr):
+            trainer.train()
+    rounds = [{"all": whole, "sampling": first, "reference": second - first,
+               "training": whole - second} for whole, first, second in
+              zip(times[1:], sampling[1:], scoring[1:], strict=True)]
+    return {"rounds": rounds, "peak_gb": resident("VmHWM"),
+            "tokens": prompts * group_size * response_tokens}
+
+
+def timed(function: Callable, found: list[float]) -> Callable:
+    """The function, which also notes its seconds."""
+    def call(*arguments, **options):
+        started = time.perf_counter()
+        result = function(*arguments, **options)
+        found.append(time.perf_counter() - started)
+        return result
+
+    return call
+
+
+# --------------------------------------------------------------------------- rollouts
+
+
+def sampled(side: str, model: str, rows: int, prompt_tokens: int, response_tokens: int,
+            steps: int) -> dict:
+    """Seconds of `rows` responses to one prompt: ours against `generate`."""
+    if side == "ours":
+        from model import load
+        from sample import draw_uniforms, rollout
+
+        base, tokenizer = load(model)
+        ids = tokenizer.encode(text_of(tokenizer, prompt_tokens))
+        tokenizer.stop_ids = [-1]
+        uniforms = draw_uniforms(0, 0, 0, rows, response_tokens)[None]
+
+        def one() -> None:
+            rollout(base, tokenizer, [ids], uniforms)
+
+        size = sum(p.numel() * p.element_size() for p in base.parameters())
+        speed = product_bandwidth(base.unembed.detach(), rows)
+        rounds = timed_rounds(one, steps)
+        peak = resident("VmHWM")
+        speeds = [speed, product_bandwidth(base.unembed.detach(), rows)]
+        return {"rounds": rounds, "peak_gb": peak, "bandwidth": speeds,
+                "bytes": size * response_tokens, "tokens": rows * response_tokens}
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    base = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    ids = torch.tensor([tokenizer.encode(text_of(tokenizer, prompt_tokens))] * rows)
+
+    def one() -> None:
+        base.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True,
+                      temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0,
+                      max_new_tokens=response_tokens)
+
+    base.generation_config.eos_token_id = None  # nothing ends early
+
+    return {"rounds": timed_rounds(one, steps), "peak_gb": resident("VmHWM"),
+            "tokens": rows * response_tokens}
+
+
+def timed_rounds(one: Callable[[], object], steps: int) -> list[dict[str, float]]:
+    """Seconds of `steps` calls, after one that does not count; a peak of their own."""
+    one()
+    forget_peak()
+    rounds = []
+    for _ in range(steps):
+        started = time.perf_counter()
+        one()
+        rounds.append({"all": time.perf_counter() - started})
+    return rounds
+
+
+# ----------------------------------------------------------- log-probs, LoRA, loading
+
+
+def logprobs(side: str, rows: int, vocabulary: int, width: int, steps: int) -> dict:
+    """log π of `rows` tokens from hidden states, forward and backward."""
+    from logprob import naive, token_logprobs
+
+    torch.manual_seed(0)
+    hidden = torch.randn(rows, width, requires_grad=True)
+    unembed = torch.randn(vocabulary, width) / 30
+    targets = torch.randint(vocabulary, (rows,))
+    if side.startswith("trl"):
+        from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+        from trl.trainer.utils import selective_log_softmax
+
+    def one() -> None:
+        hidden.grad = None
+        if side == "trl selective":
+            logp = selective_log_softmax(hidden @ unembed.T, targets)
+        elif side == "trl chunked":  # what its GRPO runs today
+            logp = ChunkedLogProbFunction.apply(
+                hidden, unembed, None, targets, 1.0, 32768, None, 1.0,
+                ("log_probs",))[0]
+        else:
+            function = naive if side == "naive" else token_logprobs
+            logp = function(hidden, unembed, targets)
+        logp.sum().backward()
+
+    small = torch.randn(8, width, requires_grad=True)  # loads libraries, not memory
+    naive(small, unembed[:64], targets[:8] % 64).sum().backward()
+    start = resident()
+    rounds = timed_rounds(one, steps)
+    return {"rounds": rounds, "peak_gb": resident("VmHWM") - start}
+
+
+def block(side: str, rows: int, tokens: int, steps: int) -> dict:
+    """Forward and backward of two 0.5B blocks, LoRA on their seven projections.
+
+    Two, because the first of a model gives no gradient to its input.
+    """
+    import lora
+    from model import Config, Qwen
+
+    sizes = {"vocab_size": 1000, "hidden_size": 896, "intermediate_size": 4864,
+             "num_hidden_layers": 2, "num_attention_heads": 14,
+             "num_key_value_heads": 2, "max_position_embeddings": 4096,
+             "rms_norm_eps": 1e-6, "tie_word_embeddings": True}
+    ids = torch.randint(1000, (rows, tokens))
+    if side == "ours":
+        model = Qwen(Config("qwen2", head_dim=64, rope_theta=1e6, **sizes))
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.02)
+        model.requires_grad_(False)
+        lora.attach(model, "policy", RANK, 2 * RANK)
+
+        def one() -> None:
+            with lora.using(model, "policy"):
+                model(ids).sum().backward()
+    else:
+        import peft
+        import transformers
+
+        config = transformers.Qwen2Config(**sizes, rope_theta=1e6)
+        model = peft.get_peft_model(
+            transformers.Qwen2Model(config), peft.LoraConfig(
+                r=RANK, lora_alpha=2 * RANK, target_modules=list(lora.PROJECTIONS)))
+
+        def one() -> None:
+            model(input_ids=ids, use_cache=False).last_hidden_state.sum().backward()
+
+    start = resident()
+    return {"rounds": timed_rounds(one, steps), "peak_gb": resident("VmHWM") - start}
+
+
+def loading(side: str, model: str) -> dict:
+    """Seconds and largest memory of loading a checkpoint in fp32; no warm-up here."""
+    from model import load
+
+    if side != "ours":
+        import transformers
+        import transformers.models.qwen2.modeling_qwen2
+    with open(Path(model) / "model.safetensors", "rb") as file:  # a warm file cache
+        while file.read(1 << 24):
+            pass
+    start = resident()
+    forget_peak()
+    started = time.perf_counter()
+    if side == "ours":
+        load(model, dtype=torch.float32)
+    else:
+        transformers.AutoTokenizer.from_pretrained(model)
+        transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    seconds = time.perf_counter() - started
+    return {"rounds": [{"all": seconds}], "peak_gb": resident("VmHWM") - start}
+
+
+CASES = {f.__name__: f for f in (step, sampled, logprobs, block, loading)}
+
+
+@contextlib.contextmanager
+def output_to_stderr() -> Iterator[None]:
+    """Libraries print; only the figures may reach stdout."""
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
+
+
+if __name__ == "__main__":
+    settings = json.loads(sys.argv[1])
+    with output_to_stderr():
+        figures = CASES[settings.pop("case")](**settings)
+    print(json.dumps(figures))
