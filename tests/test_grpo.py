@@ -758,6 +758,23 @@ def test_samples_are_written_with_their_prompt_scores_and_advantage(tmp_path):
             assert lines[row][name] == pytest.approx(values[row].item(), abs=1e-4)
 
 
+def test_best_of_n_keeps_what_the_reward_likes_best():
+    run = make_run(group_size=4)
+    run.score = lambda prompt, rows: torch.tensor([[len(r) / 9, 0.5] for r in rows])
+    batch = grpo.sample_and_score(run, PROMPTS, 0, grpo.Clock())
+    best = batch.reward.view(3, 4).max(1).values
+    assert (best > batch.reward.view(3, 4).mean(1)).any()  # there is a choice
+    found, answers = grpo.evaluate(run, PROMPTS, "best", best_of=4)
+    assert found["reward_model"]["R"] == pytest.approx(best.mean().item())
+    assert len(answers) == len(PROMPTS)
+    kept = grpo.best_rows(run, batch, 4)
+    assert kept.reward.tolist() == best.tolist()
+    rows = batch.sampled.responses()
+    for p, row in enumerate(kept.sampled.responses()):
+        assert row in rows[4 * p:4 * p + 4]
+        assert len(row) / 9 == pytest.approx(kept.scores[p, 0].item())
+
+
 def test_evaluation_repeats_itself_and_starts_at_kl_zero():
     run = make_run()
     run.score = lambda prompt, rows: torch.tensor([[len(r) / 9, 0.5] for r in rows])
