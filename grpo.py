@@ -245,6 +245,8 @@ class Settings:
                           "reward_weights)")
     prompts: Path | None = option(None, "JSONL of prompts; \"split\": \"heldout\" rows "
                                   "are only for the evaluation")
+    system: str | None = option(None, "system message of the policy's prompts "
+                                "(default: the model's own)")
     reward: str | None = option(None, "reward model folder, or gold (tiny world only)")
     judge: Path | None = option(None, "second reward model, trained on other prompts; "
                                 "it judges before and after, the policy never sees it")
@@ -879,7 +881,8 @@ def read_prompts(s: Settings, tokenizer: Tokenizer,
     train_prompts, held_out = [], []
     rows = read_rows(path, responses=False)
     for index, row in enumerate(rows):
-        prompt = Prompt(row["prompt"], tokenizer.chat(row["prompt"]), index)
+        ids = tokenizer.chat(row["prompt"], s.system)
+        prompt = Prompt(row["prompt"], ids, index)
         need = len(prompt.ids) + s.max_new_tokens
         require(need <= context, f"{path}: prompt {index + 1} needs {need} tokens with "
                 f"its answer, the context has {context}; shorten it")
@@ -926,7 +929,7 @@ def prepare(settings: Settings) -> tuple[Run, list[Prompt], list[Prompt]]:
         axes, score = list(rubric.AXES), gold
     else:
         scorer = find_reward_model(s, model, tokenizer)
-        axes, score = scorer.axes, scoring(scorer)
+        axes, score = scorer.axes, scoring(scorer, tokenizer)
         if gold:
             from data import rubric
             gold = gold if axes == list(rubric.AXES) else None
@@ -935,7 +938,7 @@ def prepare(settings: Settings) -> tuple[Run, list[Prompt], list[Prompt]]:
         judge = reward_model.load(model, s.judge, "judge")
         require(judge.axes == axes, f"{s.judge} judges {', '.join(judge.axes)}; the "
                 f"reward has {', '.join(axes)}")
-        judges = {"judge": scoring(judge)} | judges
+        judges = {"judge": scoring(judge, tokenizer)} | judges
     weights = parse_weights(s.weights, axes)
     lora.attach(model, "policy", s.rank, 2 * s.rank, s.seed)
     run = Run(s, model, tokenizer, axes, weights, score, judges, folder,
@@ -965,9 +968,13 @@ def identify(s: Settings, model: Qwen) -> dict[str, str]:
     return found
 
 
-def scoring(scorer: reward_model.RewardModel):
-    """The scorer as a function of a prompt and responses."""
-    return lambda prompt, responses: scorer.score(prompt.ids, responses)
+def scoring(scorer: reward_model.RewardModel, tokenizer: Tokenizer):
+    """The scorer as a function of a prompt and responses.
+
+    It reads every prompt as it did in its training, whatever --system tells the policy.
+    """
+    return lambda prompt, responses: scorer.score(
+        tokenizer.chat(prompt.text), responses)
 
 
 def find_reward_model(s: Settings, model: Qwen,

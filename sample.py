@@ -183,7 +183,7 @@ def main(argv: list[str] | None = None) -> None:
     scorer = reward_model.load(model, judge) if judge.is_dir() else None
     turn = 0
     for prompt in [settings.prompt] if settings.prompt is not None else ask():
-        ids = tokenizer.chat(prompt)
+        ids = tokenizer.chat(prompt, run.get("system"))
         table = draw_uniforms(settings.seed, turn, 0, 1, settings.max_new_tokens)[None]
         for title, name in speakers:
             with lora.using(model, name):
@@ -191,7 +191,7 @@ def main(argv: list[str] | None = None) -> None:
             response = sampled.responses()[0]
             print(f"\n{title}: {tokenizer.decode(response).strip()}")
             if scorer:
-                scores = scorer.score(ids, [response])[0].tolist()
+                scores = scorer.score(tokenizer.chat(prompt), [response])[0].tolist()
                 print("  " + "  ".join(f"{axis} {score:.2f}" for axis, score in
                                        zip(scorer.axes, scores, strict=True)))
         turn += 1

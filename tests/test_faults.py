@@ -84,7 +84,7 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
 
 def with_scores(monkeypatch, scores) -> None:
     """Let the reward model give what `scores(responses)` returns."""
-    monkeypatch.setattr(grpo, "scoring", lambda _: lambda _, rows: scores(rows))
+    monkeypatch.setattr(grpo, "scoring", lambda *_: lambda _, rows: scores(rows))
 
 
 def test_a_reward_that_is_not_a_number_is_refused(monkeypatch, tmp_path):

@@ -117,6 +117,32 @@ def test_a_judge_gives_its_figures_and_changes_nothing(short_run, tmp_path):
     assert (tmp_path / "run" / name).read_bytes() == (short_run / name).read_bytes()
 
 
+def test_a_system_message_is_for_the_policy_alone(tmp_path, monkeypatch):
+    asked, judged = [], []
+    rollout, score = grpo.rollout, reward_model.RewardModel.score
+
+    def recorded(model, tokenizer, prompts, *rest):
+        asked.extend(prompts)
+        return rollout(model, tokenizer, prompts, *rest)
+
+    monkeypatch.setattr(grpo, "rollout", recorded)
+    monkeypatch.setattr(reward_model.RewardModel, "score", lambda self, prompt, rows: (
+        judged.append(prompt) or score(self, prompt, rows)))
+    grpo.main([*SHORT, "--system", "Be brief.", "--out", str(tmp_path / "run")])
+    tokenizer = qwen.Tokenizer(qwen.TINY)
+    system = tokenizer.encode("Be brief.")
+
+    def told(ids: list[int]) -> bool:
+        return any(ids[i:i + len(system)] == system for i in range(len(ids)))
+
+    assert asked
+    assert judged
+    assert all(map(told, asked))
+    assert not any(map(told, judged))
+    sample.main(["How do I mend it?", "--adapter", str(tmp_path / "run"),
+                 "--max-new-tokens", "4"])
+
+
 def test_a_folder_that_holds_a_run_is_not_overwritten(short_run):
     before = (short_run / "summary.json").read_bytes()
     with pytest.raises(run.UserError, match="holds a run already"):
