@@ -318,7 +318,7 @@ class Settings:
     prompts_per_step: int | None = option(None, "P, prompts a step")
     group_size: int = option(8, "G, responses a prompt")
     max_new_tokens: int | None = option(None, "C, longest response")
-    temperature: float = option(1.0, "of sampling and scoring alike")
+    temperature: float | None = option(None, "of sampling and scoring alike")
     lr: float | None = option(None, "AdamW's learning rate")
     value_lr: float | None = option(None, "the critic's (PPO)")
     rank: int | None = option(None, "LoRA rank r, of policy and critic")
