@@ -298,7 +298,7 @@ def test_uniforms_fill_the_unit_interval_and_never_change():
 def chat(monkeypatch, tmp_path):
     """`sample.main` over a tiny model; ids stand for text. And a run's folder."""
     tokenizer = SimpleNamespace(
-        stop_ids=[3, 5], valid=VALID, chat=lambda text: PROMPTS[int(text)],
+        stop_ids=[3, 5], valid=VALID, chat=lambda text, system=None: PROMPTS[int(text)],
         decode=lambda ids: f" {ids} ")
     trained = tiny(torch.float32)
     run = tmp_path / "run"
