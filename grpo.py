@@ -39,20 +39,24 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from tqdm import tqdm
 
 import lora
 import parallel
 import reward_model
-from logprob import token_statistics
+from logprob import CHUNK_NUMBERS, token_statistics
 from model import (
     SIZES,
     TINY,
+    Cache,
+    Config,
     Qwen,
     Tokenizer,
     base_name,
     fingerprint,
     is_tiny,
+    known_config,
     load,
     micro_batches,
     pad_rows,
@@ -275,6 +279,7 @@ class Settings:
     save_every: int | None = option(None, "steps from checkpoint to checkpoint "
                                     "(default: about every five minutes)")
     resume: Path | None = option(None, "run folder to go on with, by its own settings")
+    plan: bool = option(False, "print the memory that the run will need; load nothing")
     device: str | None = option(None, "cpu or cuda (default: cuda if there is one)")
     dtype: str | None = option(None, "of the base weights (default: by the device)",
                                choices=["float32", "bfloat16"])
@@ -1034,6 +1039,76 @@ def estimate_seconds(run: Run, prompts: list[Prompt], held_out: list[Prompt]) ->
     return s.steps * step + answers + 2 * len(held_out) / 16 * per_decode * length
 
 
+PLANNED_PROMPT = 64  # tokens; the bundled prompts have 51 (median) to 94
+
+
+def plan(s: Settings) -> str:
+    """A table of the memory that a run needs, in GB, computed without any weights."""
+    config, size = known_config(s.model), PLANNED_PROMPT
+    largest = max(map(len, micro_batches([s.max_new_tokens] * s.group_size)))
+    rows, columns = s.prompts_per_step * s.group_size, []
+    for dtype in (torch.float32, torch.bfloat16):
+        with FakeTensorMode():  # tensors with a shape and no memory
+            model = skeleton(config, dtype)
+            lora.attach(model, "policy", s.rank, 2 * s.rank)
+            activations = kept_for_backward(model, largest, s.max_new_tokens, size)
+        adapter = sum(p.numel() for p in lora.parameters(model, "policy"))
+        cache = (rows * (size + s.max_new_tokens) * 2 * config.num_hidden_layers
+                 * config.num_key_value_heads * config.head_dim)
+        columns.append([x / 1e9 for x in (
+            config.weights * dtype.itemsize,
+            4 * 4 * adapter,  # fp32: itself, its gradient, AdamW's two moments
+            max(cache * dtype.itemsize, activations),  # never held together
+            # fp32 logits, log π, π and log ref of a chunk
+            4 * 4 * min(CHUNK_NUMBERS,
+                        largest * s.max_new_tokens * config.vocab_size))])
+    names = ["base (policy, reference and reward model)", "LoRA and AdamW",
+             "sampling or a backward pass, the larger", "a chunk of the vocabulary"]
+    table = [[name, *(f"{c:.2f}" for c in cells)]
+             for name, *cells in zip(names, *columns, strict=True)]
+    table.append(["together", *(f"{sum(column):.2f}" for column in columns)])
+    return (f"{base_name(s.model)}: {config.weights / 1e9:.2f} billion weights; "
+            f"{s.prompts_per_step} prompts of {size} tokens × {s.group_size} responses "
+            f"of {s.max_new_tokens}, rank {s.rank}\n"
+            + format_table(["GB (10^9 bytes)", "float32", "bfloat16"], table))
+
+
+def skeleton(config: Config, dtype: torch.dtype) -> Qwen:
+    """A frozen model of that type; `Module.to` cannot change fake tensors."""
+    model = Qwen(config).requires_grad_(False)
+    for module in model.modules():
+        for name, weight in module.named_parameters(recurse=False):
+            setattr(module, name, nn.Parameter(weight.to(dtype), False))
+    return model
+
+
+def kept_for_backward(model: Qwen, rows: int, tokens: int, prompt: int) -> int:
+    """Bytes that autograd keeps of one micro-batch (rows, tokens) and its prompt.
+
+    With fake tensors nothing is computed, and what would be kept is counted.
+    """
+    weights = {p.untyped_storage()._cdata for p in model.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()._cdata  # views of one tensor count once
+        if storage not in weights:
+            kept[storage] = tensor
+        return tensor
+
+    def ids(*shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.long, device=model.device)
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), \
+            lora.using(model, "policy"):
+        prefix = Cache(model.config.num_hidden_layers)
+        prefix.store = True
+        model(ids(1, prompt), prefix)
+        prefix.store = False
+        model(ids(rows, tokens), prefix.meeting_point())
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
 def report(run: Run, held_out: list[Prompt], before: tuple, after: tuple) -> None:
     """The table and three pairs of answers, drawn by the seed."""
     rows = []
@@ -1061,6 +1136,9 @@ def main(argv: list[str] | None = None) -> None:
     if settings.resume:
         settings = settings_of(settings.resume, argv)
     settings = resolve(settings)
+    if settings.plan:
+        print(plan(settings))
+        return
     with contextlib.ExitStack() as open_things:
         open_things.enter_context(parallel.together(settings.device))
         run, prompts, held_out = prepare(settings)

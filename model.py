@@ -40,6 +40,15 @@ SIZES = {"tiny": str(TINY)} | {
     size: f"Qwen/Qwen2.5-{size.upper()}-Instruct"
     for size in ("0.5b", "1.5b", "3b", "7b", "14b")
 }
+# The shapes of these, so that a run can be planned before anything is downloaded:
+# D, the MLP's width, layers, Hq, Hkv, V, and whether the head is tied.
+SHAPES = {
+    "0.5b": (896, 4864, 24, 14, 2, 151936, True),
+    "1.5b": (1536, 8960, 28, 12, 2, 151936, True),
+    "3b": (2048, 11008, 36, 16, 2, 151936, True),
+    "7b": (3584, 18944, 28, 28, 4, 152064, False),
+    "14b": (5120, 13824, 48, 40, 8, 152064, False),
+}
 
 
 def is_tiny(source: str | Path) -> bool:
@@ -141,6 +150,18 @@ def read_config(path: Path) -> Config:
     _quotient(raw, "num_attention_heads", "num_key_value_heads", path)
     require(config.head_dim % 2 == 0, f"{path}: head_dim must be even")
     return config
+
+
+def known_config(source: str | Path) -> Config:
+    """The sizes of a checkpoint, from its folder or `SHAPES`; no weight is read."""
+    if Path(source).is_dir():
+        return read_config(Path(source) / "config.json")
+    size = next((s for s, name in SIZES.items() if name == str(source)), None)
+    require(size is not None, f"no such checkpoint folder: {source}; known without one "
+            f"are {', '.join(SHAPES)}")
+    width, inner, layers, heads, shared, vocabulary, tied = SHAPES[size]
+    return Config("qwen2", vocabulary, width, inner, layers, heads, shared,
+                  width // heads, 32768, 1e-6, 1e6, tied)
 
 
 def _quotient(raw: dict, over: str, under: str, path: Path) -> int:

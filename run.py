@@ -461,7 +461,7 @@ def _saved_value(field: dataclasses.Field, value: object, where: Path) -> object
     if value is None and type(None) in kinds:
         return None
     kind = kinds[0]
-    good = {int: type(value) is int and abs(value) < 2 ** 31,
+    good = {bool: type(value) is bool, int: type(value) is int and abs(value) < 2 ** 31,
             float: type(value) in (int, float) and abs(value) < 1e30,
             str: isinstance(value, str), Path: isinstance(value, str)}[kind]
     if isinstance(value, str):

@@ -13,6 +13,7 @@
 * A dead group costs nothing without KL, pays its KL with it, and always counts.
 * What is reported is what numpy says, and the reported KL is exact.
 * Bad settings, weights, scores and losses are refused in one line.
+* --plan counts what autograd keeps in earnest, and reads no weights.
 """
 
 import dataclasses
@@ -908,3 +909,37 @@ def test_a_prompts_random_numbers_do_not_depend_on_the_batch():
         alone = grpo.rollout(run.model, run.tokenizer, [PROMPTS[1].ids], table[None],
                              run.settings.temperature).responses()
     assert alone == whole
+
+
+# ------------------------------------------------------------------------------ --plan
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sizes", [(4, 9, 7), (2, 20, 1)])
+def test_the_plan_counts_what_a_backward_pass_keeps_in_earnest(dtype, sizes):
+    model, _ = qwen.load(qwen.TINY, dtype=dtype)
+    lora.attach(model, "policy", 4, 8)
+    with grpo.FakeTensorMode():
+        planned = grpo.skeleton(model.config, dtype)
+        lora.attach(planned, "policy", 4, 8)
+        found = grpo.kept_for_backward(planned, *sizes)
+    assert found == grpo.kept_for_backward(model, *sizes) > 0
+
+
+@pytest.mark.parametrize(("size", "billions", "gb"), [
+    ("0.5b", "0.49", "0.99"), ("7b", "7.62", "15.23"), ("14b", "14.77", "29.54")])
+def test_the_plan_of_a_size_loads_nothing(monkeypatch, capsys, size, billions, gb):
+    monkeypatch.setattr(grpo, "load", None)
+    grpo.main(["--size", size, "--plan"])
+    printed = capsys.readouterr().out
+    # As the Qwen team counts its weights; two bytes each in bf16.
+    assert f"{billions} billion weights" in printed
+    rows = [line.split() for line in printed.splitlines()[3:]]
+    base, *others, together = (float(row[-1]) for row in rows)
+    assert f"{base:.2f}" == gb
+    assert together == pytest.approx(base + sum(others), abs=0.02)
+
+
+def test_a_plan_for_an_unknown_model_ends_in_one_line():
+    with pytest.raises(UserError, match="no such checkpoint folder: nobody/knows"):
+        grpo.main(["--model", "nobody/knows", "--plan"])
