@@ -514,6 +514,8 @@ ABLATED = {
     "beta 0": ["grpo.py", "--beta", "0"],
     "PPO at GRPO's updates": ["baselines.py", "--method", "ppo", "--epochs", "1"],
 }
+# The over-optimisation curve: a policy that hardly pays for leaving its base, for long.
+LONG = {"a long run": ["grpo.py", "--beta", "0.001", "--steps", "400"]}
 # Four settings for every method, so that none wins by neglect of the others.
 SEARCH = {
     "grpo": [{"lr": lr, "beta": beta} for lr in (3e-3, 4.5e-3)
@@ -612,6 +614,13 @@ def compare(s: Settings) -> None:
     write_whole(folder / "table.md", table + "\n")
     plot(found, folder / "plot.png")
     print(table)
+    if s.ablate:
+        run_all(LONG, seeds[:1], folder)
+        drawn = Path(__file__).parent / "results" / "plot.py"
+        run = folder / f"a-long-run-{seeds[0]}"
+        end = subprocess.run([sys.executable, str(drawn), str(run)], check=False)
+        if end.returncode == 0:
+            print(f"learned and gold R over its steps: {run / 'curves.png'}")
 
 
 def validation_prompts(path: Path, count: int = 64) -> None:

@@ -618,8 +618,13 @@ def describe(run: Run, batch: Batch) -> dict:
     distinct = [len({tuple(r) for r in group}) for group in groups]
     axes = {axis: {"mean": column.mean().item(), "std": column.std().item()}
             for axis, column in zip(run.axes, batch.scores.unbind(1), strict=True)}
+    gold = {}
+    if "gold" in run.judges:  # R by a judge whom nobody can fool: see `results/plot.py`
+        scores = torch.cat([run.judges["gold"](p, rows) for p, rows in
+                            zip(batch.prompts, groups, strict=True)])
+        gold["R_gold"] = combine(scores, run.weights).mean().item()
     return {
-        "R": batch.reward.mean().item(), "R_std": batch.reward.std().item(),
+        "R": batch.reward.mean().item(), **gold, "R_std": batch.reward.std().item(),
         "axes": axes, "advantage_std": batch.advantage.std().item(),
         "dead_groups": 1 - batch.alive.float().mean().item(),
         "length": sampled.mask.sum(1).float().mean().item(),

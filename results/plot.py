@@ -3,6 +3,8 @@
 Needs matplotlib, which nothing else does: `pip install matplotlib`. Writes curves.png
 into the folder: R and the axes by step (mean over the step's responses, thin, and their
 running mean over ten steps), the exact KL to the base, and the length of the responses.
+In the tiny world R by the gold rubric stands beside the learned one: where the first
+falls and the second rises, the policy is gaming its reward model.
 """
 
 import json
@@ -21,9 +23,11 @@ def running_mean(values: list[float]) -> list[float]:
 def curves(metrics: list[dict]) -> dict[str, dict[str, list[float]]]:
     """Panels by title, and in each the lines by name."""
     axes = {"R": [m["R"] for m in metrics]}
+    if all("R_gold" in m for m in metrics):  # the tiny world's rubric
+        axes["R by the gold rubric"] = [m["R_gold"] for m in metrics]
     axes |= {axis: [m["axes"][axis]["mean"] for m in metrics]
              for axis in metrics[0]["axes"]}
-    panels = {"scores by the reward": axes,
+    panels = {"mean scores of the responses": axes,
               "response tokens": {"length": [m["length"] for m in metrics]}}
     if all("kl" in m for m in metrics):  # --beta 0 computes no reference
         panels["exact KL to the base, nats a token"] = {

@@ -44,6 +44,8 @@ def data_of(folder: Path) -> dict:
         "steps": [m["step"] for m in metrics],
         "curves": {
             "R": [m["R"] for m in metrics],
+            **({"R by the gold rubric": [m["R_gold"] for m in metrics]}
+               if all("R_gold" in m for m in metrics) else {}),
             **{axis: [m["axes"][axis]["mean"] for m in metrics]
                for axis in config["axes"]}},
         "others": {key: [m[key] for m in metrics] for key in (

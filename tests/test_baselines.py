@@ -7,7 +7,9 @@
 * DPO's loss and gradient [D1] equal the closed form, and TRL's loss; SFT's [S1] the
   naive one; the bound of best-of-n [B1] has its known values.
 * Shared prefixes, micro-batches and padding change no gradient.
-* Every method improves on the tiny world, and leaves the same files as grpo.py.
+* Every method moves the policy, and leaves the same files as grpo.py.
+* A comparison's table holds mean ± standard deviation of its runs' own figures; an
+  interrupted comparison goes on where it was.
 """
 
 import collections
@@ -299,3 +301,42 @@ def test_every_method_runs_and_leaves_the_files_of_a_run(method, tmp_path):
     summary = run.read_json(folder / "summary.json")
     assert summary["after"]["kl"] > 1e-9  # it has moved
     assert SIZES["tiny"] in summary["model"] or "tiny" in summary["model"]
+
+
+def test_the_tables_hold_mean_and_deviation_of_the_runs():
+    def summary(r: float) -> dict:
+        part = {"gold": {"safety": r / 2, "R": r}, "reward_model": {"R": r + 0.1},
+                "kl": 0.25, "behaviour": {"harmful": {"refuse_kind_step": 0.5},
+                                          "benign": {}}}
+        return {"before": part, "after": part, "training_seconds": 9.0,
+                "peak_rss_gb": 0.5, "sampled_tokens": 1000, "trained_tokens": 2000,
+                "trained_parameters": 12345}
+
+    lines = baselines.comparison({"GRPO": [summary(0.5), summary(0.7)]})
+    # The mean of 0.5 and 0.7, and their deviation: 0.2 / √2.
+    assert "| GRPO | 0.600 ± 0.141 | 0.300 ± 0.071 | 0.700 ± 0.141 | 0.250 ± 0.000 | " \
+        "50% ± 0% | 0% ± 0% |" in lines
+    assert "| GRPO | 9 ± 0 | 0.50 ± 0.00 | 1,000 | 2,000 | 12,345 |" in lines
+    assert lines[2].startswith("| (the base) | 0.600")
+
+
+@pytest.mark.slow
+def test_an_ablation_runs_goes_on_and_draws_its_curves(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(baselines, "ABLATED", {
+        "plain": ["grpo.py", *SHORT],
+        "best of 4": ["baselines.py", "--method", "best-of-n", *SHORT]})
+    monkeypatch.setattr(baselines, "LONG", {"a long run": ["grpo.py", *SHORT]})
+    words = ["--ablate", "--seeds", "3", "--out", str(tmp_path)]
+    baselines.main(words)
+    table = (tmp_path / "table.md").read_text()
+    assert table in capsys.readouterr().out
+    assert "| plain | " in table
+    assert "| best of 4 | " in table
+    for picture in ("plot.png", "a-long-run-3/curves.png"):
+        assert (tmp_path / picture).read_bytes()[:4] == b"\x89PNG"
+    # A second time nothing is run again.
+    times = {p: p.stat().st_mtime_ns for p in tmp_path.glob("*/summary.json")}
+    baselines.main(words)
+    assert times == {p: p.stat().st_mtime_ns for p in tmp_path.glob("*/summary.json")}
+    assert len(times) == 3

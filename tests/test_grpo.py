@@ -740,6 +740,11 @@ def test_describe_says_what_numpy_says():
         "R": reward.mean(), "R_std": reward.std(ddof=1),
         "advantage_std": advantage.std(ddof=1), "dead_groups": 1 / 3, "length": 2.0,
         "cut_off": 0.25, "distinct": 3.0, "tokens": 24}, rel=1e-5)
+    # Where there is a gold rubric, its R of the same responses stands beside them.
+    run.judges = {"gold": lambda prompt, rows: torch.tensor(
+        [[float(prompt.index), len(r)] for r in rows])}
+    gold = (np.repeat([0, 1, 2], 4) + 3 * np.array([2, 2, 3, 1] * 3)) / 4
+    assert grpo.describe(run, batch)["R_gold"] == pytest.approx(gold.mean())
 
 
 def test_samples_are_written_with_their_prompt_scores_and_advantage(tmp_path):

@@ -41,7 +41,7 @@ def test_the_running_mean_looks_back_ten_steps(monkeypatch):
     assert means[19] == 14.5  # of 10 to 19
 
 
-def test_a_run_without_a_reference_has_no_kl_panel(monkeypatch, tmp_path):
+def test_panels_hold_what_the_run_has(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(PROGRAM.parent)
     import plot
 
@@ -49,6 +49,9 @@ def test_a_run_without_a_reference_has_no_kl_panel(monkeypatch, tmp_path):
     metrics = [json.loads(x) for x in
                (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert len(plot.curves(metrics)) == 3
+    golden = [m | {"R_gold": 0.5} for m in metrics]
+    scores = plot.curves(golden)["mean scores of the responses"]
+    assert list(scores) == ["R", "R by the gold rubric", "a", "b"]
     for line in metrics:
         del line["kl"]
     assert len(plot.curves(metrics)) == 2
