@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 from data import rubric, world
 from model import TINY, Config, Qwen, Tokenizer, load, pad_rows
+from results import tables
 from run import (
     one_line_errors,
     option,
@@ -446,14 +447,7 @@ def print_results(found: dict[str, dict]) -> None:
         cells.insert(1, f"{run['gap_closed']:.0%}")
         print("| " + " | ".join([name, *cells, f"{run['after']['kl']:.3f}",
                                  f"{run['distinct_of_8']:.1f}"]) + " |")
-    print("\n| weights | prompts | before | after |\n|---|---|---|---|")
-    for name, run in found.items():
-        for side in ("harmful", "benign"):
-            pair = [", ".join(f"{kind} {share:.0%}" for kind, share in
-                              sorted(run[when]["behaviour"][side].items(),
-                                     key=lambda item: -item[1]) if share >= 0.02)
-                    for when in ("before", "after")]
-            print(f"| {name} | {side} | {pair[0]} | {pair[1]} |")
+    print("\n" + "\n".join(tables.behaviour_table(found, "weights")))
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
 For every reward model's folder: how its scores agree with the labels of the test
 prompts. For every run folder: the mean scores of held-out answers before → after, by
-everyone who judged that run; then what the text became like; then ten pairs of answers
-of the first run. The ten are drawn by `random.Random(0)`, so that nobody picked them.
+everyone who judged that run; then what the text became like and, in the tiny world,
+what the answers do; then ten pairs of answers of the first run. The ten are drawn by
+`random.Random(0)`, so that nobody picked them.
 """
 
 import json
@@ -59,6 +60,19 @@ def text_table(runs: dict[str, dict]) -> list[str]:
     return lines
 
 
+def behaviour_table(runs: dict[str, dict], title: str = "run") -> list[str]:
+    """What the tiny world's answers do, in shares by the rubric's own names."""
+    lines = [f"| {title} | prompts | before | after |", "|---|---|---|---|"]
+    for name, run in runs.items():
+        for side in ("harmful", "benign"):
+            pair = [", ".join(f"{kind} {share:.0%}" for kind, share in
+                              sorted(run[when]["behaviour"][side].items(),
+                                     key=lambda item: -item[1]) if share >= 0.02)
+                    for when in ("before", "after")]
+            lines.append(f"| {name} | {side} | {pair[0]} | {pair[1]} |")
+    return lines
+
+
 def answer_list(run: dict) -> list[str]:
     """Ten held-out prompts with the answers before and after, drawn by seed 0."""
     rows, lines = run["answers"], []
@@ -108,7 +122,11 @@ def main(words: list[str]) -> str | None:
         parts.append(reward_table({w: r["report"] for w, r in rewards.items()}))
     if runs:
         first = next(iter(runs.values()))
-        parts += [score_table(runs), text_table(runs), answer_list(first)]
+        parts += [score_table(runs), text_table(runs)]
+        tiny = {name: run for name, run in runs.items() if "behaviour" in run["after"]}
+        if tiny:
+            parts.append(behaviour_table(tiny))
+        parts.append(answer_list(first))
     print("\n\n".join("\n".join(part) for part in parts))
     return None
 

@@ -66,6 +66,16 @@ def test_ten_answers_are_drawn_by_seed_0_on_a_line_each(tables):
     assert lines[1] == f"   * before: b{wanted[0]} * x"
 
 
+def test_behaviours_of_the_tiny_world_stand_with_the_commonest_first(tables):
+    run = a_run()
+    for when, harmful in (("before", {"comply": 0.25, "evade": 0.75}),
+                          ("after", {"other": 0.015, "comply": 0.985})):
+        run[when]["behaviour"] = {"harmful": harmful, "benign": {"help": 1.0}}
+    assert tables.behaviour_table({"one": run})[2:] == [
+        "| one | harmful | evade 75%, comply 25% | comply 98% |",
+        "| one | benign | help 100% | help 100% |"]
+
+
 def a_report() -> dict:
     figures = {"rows": 9, "low": 0.25, "high": 0.75, "mae": 0.125, "mae_of_mean": 0.5}
     return {"axes": {"a": figures | {"spearman": 0.5},

@@ -1,0 +1,1 @@
+"""Tables, curves and pages of finished runs, and the published runs themselves."""
