@@ -15,13 +15,15 @@ import pytest
 
 import baselines
 import grpo
+import model
 import reward_model
 import sample
 from data import make_tiny
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-DOCUMENTS = [ROOT / "README.md", ROOT / "data" / "README.md"]
+DOCUMENTS = [ROOT / name / "README.md" for name in
+             ("", "data", "results/tiny", "results/0.5b", "exercises")]
 MODULES = sorted(ROOT.glob("*.py"))
 ROW = re.compile(
     r"^\| (\[[A-Z]\d\]) \|.*\| `([\w.]+): ([\w.]+)` \| `([\w.]+)` \|$", re.M)
@@ -117,7 +119,11 @@ def test_the_datasheet_shows_how_good_the_tiny_reward_model_is():
 def test_the_readme_shows_the_results_of_its_command(capsys):
     results = json.loads((ROOT / "data" / "tiny" / "results.json").read_text())
     make_tiny.print_results(results)
-    for line in capsys.readouterr().out.splitlines():
+    whole = (ROOT / "results" / "tiny" / "README.md").read_text()
+    scores, _, behaviours = capsys.readouterr().out.strip().partition("\n\n")
+    for line in (scores + "\n" + behaviours).splitlines():
+        assert line in whole
+    for line in scores.splitlines():
         assert line in README
     first = results["equal, seed 0"]
     for who in ("reward_model", "gold"):
@@ -125,3 +131,13 @@ def test_the_readme_shows_the_results_of_its_command(capsys):
             new = first["after"][who][axis]
             assert re.search(rf"{who} {axis} +{old:.3f} +{new:.3f} +"
                              rf"{re.escape(f'{new - old:+.3f}')}\n", README), axis
+
+
+@pytest.mark.parametrize("size", [
+    pytest.param(size, marks=[pytest.mark.slow] if size in ("3b", "14b") else [])
+    for size in model.SHAPES])
+def test_the_readme_shows_what_each_size_needs(size):
+    printed = grpo.plan(grpo.resolve(grpo.Settings(size=size))).splitlines()
+    weights = printed[0].split(": ")[1].removesuffix(" weights;").split(" weights")[0]
+    fp32, bf16 = printed[-1].split()[-2:]
+    assert f"| {size} | {weights} | {fp32} | {bf16} |" in README

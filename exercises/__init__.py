@@ -1,0 +1,1 @@
+"""Ten exercises: five of them are modules with a function to fill in."""

@@ -1,0 +1,18 @@
+"""Exercise 3, worked."""
+
+import torch
+from torch import Tensor
+
+from exercises.gdpo import demonstrate
+from grpo import combine, group_advantage
+
+
+def advantage(scores: Tensor, weights: Tensor) -> Tensor:
+    """Advantages by GDPO: scores (P, G, K), weights (K,) → (P, G)."""
+    # A = Σ_k w_k A_k / Σ_k w_k, with A_k of [E3] from axis k alone
+    parts = [group_advantage(axis)[0] for axis in scores.unbind(-1)]
+    return combine(torch.stack(parts, -1), weights)
+
+
+if __name__ == "__main__":
+    demonstrate(advantage)
