@@ -7,11 +7,12 @@ Kept     A reward model regresses several scores for a prompt and a response; a
          weighted sum makes one reward R of them; GRPO samples a group of responses per
          prompt and normalises R inside the group, so it needs no value critic; LoRA
          carries the change.
-Changed  Policy, reference and reward model are roles of one frozen base. A prompt is
-         computed once for its whole group. log π comes without full logits. The KL that
-         is reported is exact over the vocabulary; the estimator is only in the loss.
-Dropped  Nothing of the objective. There is no mixed-precision machinery, no top-p in
-         training, no second model in memory.
+Changed  Policy, reference and reward model are roles of one frozen base. Each of them
+         computes a prompt once for its whole group. log π comes without full logits.
+         The KL that is reported is exact over the vocabulary; the estimator is only in
+         the loss.
+Dropped  Nothing of the objective that we know of. There is no mixed-precision
+         machinery, no top-p in training, no second model in memory.
 
     python grpo.py                                  # the bundled tiny model
     python grpo.py --weights safety=2,politeness=0  # what do you want it to become?
@@ -21,7 +22,7 @@ We had the paper's abstract and summaries, not its full text: "kept" means what 
 say, and the tags [E1] to [E7] and [L1] are ours.
 
 Shapes: P prompts a step, G responses a prompt, B = P·G rows, C response tokens, K axes,
-D width; row b = p·G + g.
+D width; row b = p·G + g. Of a micro-batch: n rows, N response tokens.
 """
 
 import contextlib
@@ -107,7 +108,8 @@ def group_advantage(reward: Tensor, min_std: float = 1e-3,
 
     Args:
         reward: (P, G), one row a prompt.
-        min_std: a group with less spread is dead: all its advantages are 0.
+        min_std: a group with less spread is dead: all its advantages are 0, and only
+            the KL term, if there is one, still trains on it.
         divide: False keeps the numerator only (Dr. GRPO, arXiv 2503.20783).
 
     Returns:
@@ -115,7 +117,7 @@ def group_advantage(reward: Tensor, min_std: float = 1e-3,
     """
     # [E3] A_g = (R_g − mean_g R) / (std_g R + 1e-4), population std over the group
     # 1e-4 and not 1e-8: where all rewards agree, the numerator is rounding error, and
-    # a tiny denominator would turn it into advantages of ±1.
+    # with min_std 0 a tiny denominator would turn it into advantages of ±1.
     mean = reward.mean(1, keepdim=True)  # (P, 1)
     std = reward.std(1, correction=0, keepdim=True)  # (P, 1)
     advantage = (reward - mean) / (std + 1e-4) if divide else reward - mean
@@ -137,9 +139,9 @@ def make_advantage(scores: Tensor, weights: Tensor, kind: str = "group",
     # 2601.05242, without its second normalisation over the batch). In the weighted sum
     # the axis with the widest spread decides the order of the group; here each axis
     # has the say that its weight gives it.
-    parts = [group_advantage(axis, min_std) for axis in scores.unbind(-1)]
-    advantage = combine(torch.stack([a for a, _ in parts], -1), weights)
-    alive = torch.stack([live for _, live in parts], -1)[:, weights > 0].any(-1)
+    parts = [group_advantage(axis, min_std) for axis in scores.unbind(-1)]  # (P, G)
+    advantage = combine(torch.stack([a for a, _ in parts], -1), weights)  # (P, G)
+    alive = torch.stack([live for _, live in parts], -1)[:, weights > 0].any(-1)  # (P,)
     return advantage, alive
 
 
@@ -178,7 +180,8 @@ def token_weights(mask: Tensor, loss: str = "grpo", rows: int | None = None,
     Args:
         loss: "grpo": mean over a response's tokens, then over the P·G responses;
             "dapo": mean over all tokens of the step (arXiv 2503.14476), so that long
-            responses count more; "dr_grpo": the sum over C tokens, by a constant.
+            responses count more; "dr_grpo": a response's sum, divided by the constant
+            C, then the mean over the P·G responses.
         rows: P·G of the step (default: the rows here).
         tokens: response tokens of the step (default: those here).
         length: C, the most tokens a response may have (default: the width here).
@@ -221,17 +224,19 @@ def grpo_loss(
     """
     adv = advantage[:, None]  # (B, 1)
     # [E4] ρ = π(token) / π_old(token)
+    # `where` comes before exp: padding may hold anything, and 0 · inf is NaN.
     ratio = torch.where(mask, logp - logp_old, 0.0).exp()  # (B, C)
     # [E5] min(ρ A, clip(ρ, 1 − ε, 1 + ε) A)
-    # The minimum is a pessimist: moving further than ε earns nothing, moving back does.
-    held = ratio.clamp(1 - clip, 1 + clip) * adv
+    # Beyond ε, on the side that A pays for, the objective is flat. On the other side
+    # the minimum keeps the slope: a token that went the wrong way is pulled back.
+    held = ratio.clamp(1 - clip, 1 + clip) * adv  # (B, C)
     surrogate = torch.minimum(ratio * adv, held)  # (B, C)
-    objective = surrogate
+    objective = surrogate  # (B, C)
     if beta > 0:
         objective = surrogate - beta * torch.where(
             mask, kl_estimate(logp, logp_ref, kl), 0.0)
     # [E7] J = Σ_b Σ_t weight_bt · (min(ρ A, clip(ρ) A) − β KL);  the loss is −J
-    weight = token_weights(mask.to(logp.dtype), loss, rows, tokens, length)
+    weight = token_weights(mask.to(logp.dtype), loss, rows, tokens, length)  # (B, C)
     return -(weight * objective).sum(), mask & (held < ratio * adv)
 
 
@@ -272,7 +277,8 @@ class Settings:
     advantage: str = option("group", "group; gdpo (TRL: multi_objective_aggregation "
                             "normalize_then_sum); mean-only (TRL: scale_rewards none)",
                             choices=["group", "gdpo", "mean-only"])
-    min_std: float = option(1e-3, "a group with less spread in R is dead")
+    min_std: float = option(1e-3, "a group (with gdpo: an axis of it) with less spread "
+                            "is dead")
     eval_prompts: int | None = option(None, "held-out prompts, before and after")
     seed: int = option(0, "of adapter, prompts and sampling")
     out: Path | None = option(None, "run folder (default: the next free runs/NAME)")
@@ -346,7 +352,11 @@ def parse_weights(text: str, axes: list[str]) -> Tensor:
 
 # ----------------------------------------------------------------------------- the loop
 
-# Of a run folder: its settings, and the first evaluation until the run is finished.
+# A step, in the order of its parts: `draw_prompts`, `sample_batch`, `score_batch`,
+# `compare`, `reference_hidden`, `train_group` for each prompt, AdamW (`train_batch`).
+# `train_step` and `train`, at the end of this part, put them together.
+
+# Files of a run folder. The first evaluation is kept until the run is finished.
 CONFIG, BEFORE = "config.json", "before.json"
 LINES = ("metrics.jsonl", "samples.jsonl")  # written step by step
 DEAD_STEPS = 10  # after so many steps without a live group in a row, a note
@@ -467,30 +477,39 @@ def response_hidden(run: Run, prompt: list[int], responses: list[list[int]],
                     prefix) -> tuple[Tensor, Tensor]:
     """Hidden states before every response token: (n, C, D), and mask (n, C).
 
-    A row is the prompt's last token and the response without its last one, so that each
-    response token's logits come from the row itself.
+    A row is the prompt's last token and the response without its last one: the state at
+    the prompt's last token predicts the first of the response, and the last state but
+    one predicts the end token, which is trained like any other.
+
+    Args:
+        prefix: keys and values of prompt[:-1], from `Qwen.shared_prefix`.
     """
-    rows = pad_rows([prompt[-1:] + r[:-1] for r in responses], run.model.device)
-    lengths = torch.tensor([len(r) for r in responses], device=rows.device)
-    mask = torch.arange(rows.shape[1], device=rows.device) < lengths[:, None]  # (n, C)
-    return run.model(rows, prefix), mask
+    ids = [prompt[-1:] + r[:-1] for r in responses]
+    ids = pad_rows(ids, run.model.device)  # (n, C)
+    lengths = torch.tensor([len(r) for r in responses], device=ids.device)
+    mask = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]  # (n, C)
+    return run.model(ids, prefix), mask
 
 
 @torch.no_grad()
 def reference_hidden(run: Run, batch: Batch, groups: list[int]) -> dict[int, Tensor]:
-    """Hidden states of the bare base, (G, C, D) for some groups: the KL's reference."""
+    """Hidden states of the bare base, (G, C, D) for some groups: the KL's reference.
+
+    States and not log-probs: the exact KL needs the whole distribution, for which D
+    numbers a token stand instead of V.
+    """
     hidden = {}
     with lora.using(run.model, None):
         for p in groups:
-            prompt, rows = batch.prompts[p].ids, group_rows(run, batch, p)
-            lengths = [len(r) for r in rows]
+            prompt, responses = batch.prompts[p].ids, group_rows(run, batch, p)
+            lengths = [len(r) for r in responses]
             hidden[p] = torch.zeros(
-                len(rows), max(lengths), run.model.config.hidden_size,
+                len(responses), max(lengths), run.model.config.hidden_size,
                 dtype=run.model.unembed.dtype, device=run.model.device)  # (G, C, D)
             with run.model.shared_prefix(prompt) as prefix:
                 for part in micro_batches(lengths):
                     found, mask = response_hidden(
-                        run, prompt, [rows[i] for i in part], prefix)
+                        run, prompt, [responses[i] for i in part], prefix)
                     hidden[p][part, :mask.shape[1]] = found
     return hidden
 
@@ -520,15 +539,19 @@ def train_group(run: Run, batch: Batch, p: int, reference: Tensor | None,
     with run.model.shared_prefix(prompt) as prefix:
         for part in micro_batches([len(r) for r in responses]):
             here = [responses[row] for row in part]
-            hidden, mask = response_hidden(run, prompt, here, prefix)
+            hidden, mask = response_hidden(run, prompt, here, prefix)  # (n, C, D)
             where = (part, slice(0, mask.shape[1]))
-            ref = None if reference is None else reference[where][mask]
+            ref = None if reference is None else reference[where][mask]  # (N, D)
             targets = torch.tensor([t for r in here for t in r], device=hidden.device)
             stats = token_logs(run, hidden[mask], targets, ref, mask)
+            # On-policy ρ is 1, and its gradient ∇ log π: the plain policy gradient.
+            # Clipping acts from the second inner step on. And the advantages of a group
+            # add up to 0, so the loss's *value* says nothing about progress: watch R.
             old = stats["logp"].detach() if logp_old is None else logp_old[where]
             loss, clipped = grpo_loss(
-                stats["logp"], old, stats["logp_ref"], advantage[part], mask, s.clip,
-                s.beta, s.kl, s.loss, len(batch.reward), total_tokens, s.max_new_tokens)
+                stats["logp"], old, stats["logp_ref"], advantage[part], mask,
+                clip=s.clip, beta=s.beta, kl=s.kl, loss=s.loss, rows=len(batch.reward),
+                tokens=total_tokens, length=s.max_new_tokens)
             require(bool(loss.isfinite()), "the loss is not finite; lower --lr")
             loss.backward()
             sums["loss"] += loss.item()
@@ -542,10 +565,16 @@ def train_group(run: Run, batch: Batch, p: int, reference: Tensor | None,
 
 def token_logs(run: Run, hidden: Tensor, targets: Tensor, ref: Tensor | None,
                mask: Tensor) -> dict[str, Tensor | None]:
-    """Log-probs of response tokens: hidden, ref (N, D), targets (N,) → logp (n, C) …"""
+    """Log-probs of response tokens from hidden and ref (N, D), targets (N,).
+
+    Returns:
+        logp and logp_ref as (n, C), 0 in the padding, since the loss needs rows;
+        entropy and kl as (N,), since they are only added up.
+    """
     s, head = run.settings, run.model.unembed
     logp, entropy, kl, logp_ref = token_statistics(
-        hidden, head, targets, s.temperature, run.tokenizer.valid, True, ref)
+        hidden, head, targets, s.temperature, run.tokenizer.valid, entropy=True,
+        reference=ref)
     return {"logp": spread(logp, mask), "entropy": entropy, "kl": kl,
             "logp_ref": None if logp_ref is None else spread(logp_ref, mask)}
 
@@ -576,6 +605,7 @@ def train_batch(run: Run, batch: Batch, optimizer: torch.optim.Optimizer,
                 sums += train_group(run, batch, p, reference.get(p),
                                     None if s.inner_steps == 1 else old[p])
             parallel.add_up_gradients(parameters)
+            # To norm 1; the norm before clipping is what metrics.jsonl reports.
             norm = nn.utils.clip_grad_norm_(parameters, 1.0)
             require(bool(norm.isfinite()), "the gradient is not finite; lower --lr")
             optimizer.step()
@@ -619,7 +649,7 @@ def describe(run: Run, batch: Batch) -> dict:
     axes = {axis: {"mean": column.mean().item(), "std": column.std().item()}
             for axis, column in zip(run.axes, batch.scores.unbind(1), strict=True)}
     gold = {}
-    if "gold" in run.judges:  # R by a judge whom nobody can fool: see `results/plot.py`
+    if "gold" in run.judges:  # R by the rubric, which the policy is not paid by
         scores = torch.cat([run.judges["gold"](p, rows) for p, rows in
                             zip(batch.prompts, groups, strict=True)])
         gold["R_gold"] = combine(scores, run.weights).mean().item()
@@ -784,6 +814,7 @@ def evaluate(run: Run, prompts: list[Prompt], title: str,
     s, size, answers, ended = run.settings, max(1, 32 // best_of), [], []
     by_judge = {who: [] for who in ("reward_model", *run.judges)}
     kl, surprise, tokens = 0.0, 0.0, 0
+    # The same run with G = 1 and with G = best_of.
     one, many = (dataclasses.replace(
         run, settings=dataclasses.replace(run.settings, group_size=count))
         for count in (1, best_of))

@@ -74,7 +74,7 @@ def attach(model: Qwen, name: str, rank: int, alpha: float, seed: int = 0,
 
     Args:
         rank: r, the width of the bottleneck.
-        alpha: α; the change is scaled by α / r, so that r can vary with lr fixed.
+        alpha: α; the change is scaled by α / r. `grpo.py` sets α = 2r, as is common.
         seed: of A, which starts uniform in ±1/sqrt(in) (PEFT's default).
         depth: only in so many blocks, counted from below.
 

@@ -643,9 +643,11 @@ def main(argv: list[str] | None = None) -> None:
     if settings.score is not None:
         score_file(settings)
         return
+    folder = settings.out or default_folder(settings.model)
+    require(not (folder / "reward.json").is_file(), f"{folder} holds a finished reward "
+            "model; choose another --out, or delete it")
     dtype = settings.dtype and getattr(torch, settings.dtype)
     model, tokenizer = load_base(settings.model, settings.device, dtype)
-    folder = settings.out or default_folder(settings.model)
     with only_writer(folder):
         train_reward_model(model, tokenizer, settings, folder)
 

@@ -2,7 +2,7 @@
 
     python -m data.make_tiny base      # tokenizer and base (35 minutes on one core)
     python -m data.make_tiny data      # prompts.jsonl and labels.jsonl (2 minutes)
-    python reward_model.py             # the reward adapter (17 minutes on one core)
+    python reward_model.py             # data/tiny/reward, if gone (17 minutes)
     python -m data.make_tiny measure   # what the base does: figures of data/README.md
     python -m data.make_tiny results   # seven runs of grpo.py: tables of README.md
 

@@ -10,17 +10,17 @@ from grpo import combine, group_advantage
 
 def advantage(scores: Tensor, weights: Tensor) -> Tensor:
     """Advantages by GDPO: scores (P, G, K), weights (K,) → (P, G)."""
-    # A = Σ_k w_k A_k / Σ_k w_k, with A_k of [E3] from axis k alone
+    # Normalise each axis inside its group by [E3], then take the weighted mean.
     raise NotImplementedError("write me")
 
 
 def demonstrate(advantage: Callable) -> None:
     """Groups with a loud and a quiet axis: whom does each advantage follow?"""
     generator = torch.Generator().manual_seed(0)
-    spread = torch.tensor([0.2, 0.02])
+    spread = torch.tensor([0.2, 0.02])  # (K,)
     scores = 0.5 + spread * torch.randn(200, 8, 2, generator=generator)  # (P, G, K)
-    weights = torch.ones(2)
-    summed, _ = group_advantage(combine(scores, weights))
+    weights = torch.ones(2)  # (K,)
+    summed, _ = group_advantage(combine(scores, weights))  # (P, G)
     for name, a in (("weighted sum", summed), ("GDPO", advantage(scores, weights))):
         follows = [torch.corrcoef(torch.stack([
             a.flatten(), (axis - axis.mean(1, keepdim=True)).flatten()]))[0, 1].item()

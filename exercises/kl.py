@@ -15,15 +15,13 @@ def expected_gradient(logits: Tensor, ref_logits: Tensor, kind: str) -> Tensor:
         logits: of π, one token's choice over V; ref_logits: of the reference.
         kind: "k1", "k2" or "k3" of `kl_estimate`.
     """
-    # Σ_y π(y) ∇ kl_estimate(log π(y), log ref(y)); the weights π(y) are not
-    # differentiated: they stand for sampling.
     raise NotImplementedError("write me")
 
 
 def demonstrate(expected_gradient: Callable) -> None:
     """Print the mean value and the mean gradient's length of each estimator."""
     generator = torch.Generator().manual_seed(0)
-    logits, ref = torch.randn(2, 6, generator=generator, dtype=torch.float64)
+    logits, ref = torch.randn(2, 6, generator=generator, dtype=torch.float64)  # (V,)
     pi, ref_pi = logits.softmax(0), ref.softmax(0)
     exact = (pi * (pi / ref_pi).log()).sum()
     print(f"exact KL {exact:.4f}")
