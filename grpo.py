@@ -303,7 +303,7 @@ DEFAULTS = {
 }
 
 
-def resolve(settings: Settings) -> Settings:
+def resolve(settings: Settings, smallest_group: int = 2) -> Settings:
     """Fill in the defaults that depend on the model, and refuse what makes no sense."""
     source = settings.model or SIZES[settings.size]
     values = DEFAULTS[is_tiny(source)]
@@ -315,8 +315,9 @@ def resolve(settings: Settings) -> Settings:
         changes["advantage"] = "mean-only"
     device = pick_device(settings.device)
     settings = dataclasses.replace(settings, model=source, device=device, **changes)
-    require(settings.group_size >= 2, f"--group-size is {settings.group_size}; a group "
-            "needs at least 2 responses, or there is nothing to compare with")
+    require(settings.group_size >= smallest_group, f"--group-size is "
+            f"{settings.group_size}; a group needs at least {smallest_group}, or there "
+            "is nothing to compare with")
     for name in ("steps", "prompts_per_step", "inner_steps", "max_new_tokens", "lr",
                  "temperature", "rank", "eval_prompts", "save_every"):
         require(getattr(settings, name) is None
@@ -575,12 +576,12 @@ def token_logs(run: Run, hidden: Tensor, targets: Tensor, ref: Tensor | None,
     logp, entropy, kl, logp_ref = token_statistics(
         hidden, head, targets, s.temperature, run.tokenizer.valid, entropy=True,
         reference=ref)
-    return {"logp": spread(logp, mask), "entropy": entropy, "kl": kl,
-            "logp_ref": None if logp_ref is None else spread(logp_ref, mask)}
+    return {"logp": by_row(logp, mask), "entropy": entropy, "kl": kl,
+            "logp_ref": None if logp_ref is None else by_row(logp_ref, mask)}
 
 
-def spread(values: Tensor, mask: Tensor) -> Tensor:
-    """Put values (N,) where mask (n, C) is True, 0 elsewhere."""
+def by_row(values: Tensor, mask: Tensor) -> Tensor:
+    """Values (N,) → (n, C): where mask is True, 0 elsewhere."""
     return torch.zeros(mask.shape, dtype=values.dtype, device=values.device
                        ).masked_scatter(mask, values)
 
@@ -813,7 +814,7 @@ def evaluate(run: Run, prompts: list[Prompt], title: str,
     """
     s, size, answers, ended = run.settings, max(1, 32 // best_of), [], []
     by_judge = {who: [] for who in ("reward_model", *run.judges)}
-    kl, surprise, tokens = 0.0, 0.0, 0
+    kl, surprise, tokens, drawn = 0.0, 0.0, 0, 0
     # The same run with G = 1 and with G = best_of.
     one, many = (dataclasses.replace(
         run, settings=dataclasses.replace(run.settings, group_size=count))
@@ -822,7 +823,9 @@ def evaluate(run: Run, prompts: list[Prompt], title: str,
               **parallel.progress()) as bar:
         for start in range(0, len(prompts), size):
             part = prompts[start:start + size]
-            batch = best_rows(one, sample_and_score(many, part, 0, Clock()), best_of)
+            batch = sample_and_score(many, part, 0, Clock())
+            drawn += int(batch.sampled.mask.sum())
+            batch = best_rows(one, batch, best_of)
             rows = batch.sampled.responses()
             answers += [run.tokenizer.decode(r).strip() for r in rows]
             ended += batch.sampled.ended.tolist()
@@ -842,7 +845,8 @@ def evaluate(run: Run, prompts: list[Prompt], title: str,
             result[who]["R"] = combine(scores, run.weights).mean().item()
     result |= {"kl": kl / tokens, "base_perplexity": math.exp(surprise / tokens),
                "distinct_3_grams": distinct_3_grams(answers),
-               "length": tokens / len(prompts), "cut_off": 1 - sum(ended) / len(ended)}
+               "length": tokens / len(prompts), "cut_off": 1 - sum(ended) / len(ended),
+               "tokens_an_answer": drawn / len(prompts)}  # best of n draws n answers
     if "gold" in run.judges:
         result["behaviour"] = behaviours(prompts, answers)
     return result, answers
@@ -957,10 +961,9 @@ def gold_scorer(tokenizer: Tokenizer, prompts: list[Prompt]):
 
 
 def prepare(settings: Settings) -> tuple[Run, list[Prompt], list[Prompt]]:
-    """Load or train everything that a run needs."""
+    """Load or train everything that a run needs; `out` is settled already."""
     s = settings
-    folder = s.out or free_folder(s)
-    require_empty(s, folder)
+    require_empty(s, s.out)
     model, tokenizer = load(s.model, s.device, s.dtype and getattr(torch, s.dtype))
     prompts, held_out = read_prompts(s, tokenizer, model.config.max_position_embeddings)
     gold = gold_scorer(tokenizer, prompts + held_out)
@@ -983,7 +986,7 @@ def prepare(settings: Settings) -> tuple[Run, list[Prompt], list[Prompt]]:
         judges = {"judge": scoring(judge, tokenizer)} | judges
     weights = parse_weights(s.weights, axes)
     lora.attach(model, "policy", s.rank, 2 * s.rank, s.seed)
-    run = Run(s, model, tokenizer, axes, weights, score, judges, folder,
+    run = Run(s, model, tokenizer, axes, weights, score, judges, s.out,
               identify(s, model))
     return run, prompts, held_out
 
@@ -1155,7 +1158,8 @@ def report(run: Run, held_out: list[Prompt], before: tuple, after: tuple) -> Non
                      for axis, old in before[0][who].items()]
     print(f"\n{len(held_out)} held-out prompts, mean score before and after")
     print(format_table(["judge and axis", "before", "after", "change"], rows))
-    print(f"exact KL to the base: {after[0]['kl']:.3f} nats a token; under the base, "
+    how = "at most" if "kl_is_a_bound" in after[0] else "exactly"
+    print(f"KL to the base: {how} {after[0]['kl']:.3f} nats a token; under the base, "
           f"perplexity {before[0]['base_perplexity']:.2f} → "
           f"{after[0]['base_perplexity']:.2f}; distinct 3-grams "
           f"{before[0]['distinct_3_grams']:.2f} → {after[0]['distinct_3_grams']:.2f}")
@@ -1177,9 +1181,11 @@ def main(argv: list[str] | None = None) -> None:
         return
     with contextlib.ExitStack() as open_things:
         open_things.enter_context(parallel.together(settings.device))
+        settings = dataclasses.replace(
+            settings, out=settings.out or free_folder(settings))
+        if parallel.rank() == 0:  # before anything that takes long
+            open_things.enter_context(only_writer(settings.out))
         run, prompts, held_out = prepare(settings)
-        if parallel.rank() == 0:
-            open_things.enter_context(only_writer(run.folder))
         announce(run, prompts, held_out)
         before = answers_before(run, held_out)
         if not train(run, prompts):
@@ -1227,14 +1233,7 @@ def announce(run: Run, prompts: list[Prompt], held_out: list[Prompt]) -> None:
     expected = format_seconds(estimate_seconds(run, prompts, held_out))
     print(f"{s.steps} steps of {s.prompts_per_step} prompts × {s.group_size} "
           f"responses; about {expected} on this machine; writing {run.folder}")
-    config = {k: str(v) if isinstance(v, Path) else v
-              for k, v in dataclasses.asdict(s).items()}
-    config |= {"out": str(run.folder), "resume": None, "axes": run.axes,
-               "weights_used": shares, "inputs": run.inputs,
-               "reward": s.reward or str(reward_model.default_folder(s.model)),
-               "torch": torch.__version__, "threads": torch.get_num_threads(),
-               "processes": parallel.size()}
-    path = run.folder / CONFIG
+    path, config = run.folder / CONFIG, config_of(run)
     if parallel.rank():
         return
     if s.resume is None:
@@ -1256,6 +1255,20 @@ def announce(run: Run, prompts: list[Prompt], held_out: list[Prompt]) -> None:
         if saved.get(name) != config[name]:
             print(f"note: {name} was {saved.get(name)} and is {config[name]} now; the "
                   "rest of the run will round differently", file=sys.stderr)
+
+
+def config_of(run: Run) -> dict:
+    """All settings of a run as they are used, its inputs, and where it runs."""
+    s = run.settings
+    config = {k: str(v) if isinstance(v, Path) else v
+              for k, v in dataclasses.asdict(s).items()}
+    return config | {
+        "out": str(run.folder), "resume": None, "axes": run.axes,
+        "weights_used": (run.weights / run.weights.sum()).tolist(),
+        "inputs": run.inputs,
+        "reward": s.reward or str(reward_model.default_folder(s.model)),
+        "torch": torch.__version__, "threads": torch.get_num_threads(),
+        "processes": parallel.size()}
 
 
 def answers_before(run: Run, held_out: list[Prompt]) -> tuple[dict, list[str]]:
@@ -1310,8 +1323,9 @@ def finish(run: Run, held_out: list[Prompt], before: tuple, after: tuple,
     write_checksums(run.folder, [CONFIG, *LINES, "summary.json"])
     for name in (CHECKPOINT, BEFORE):
         (run.folder / name).unlink(missing_ok=True)
-    print(f"\n{format_seconds(seconds)}, peak {peak_rss_gb():.2f} GB; "
-          f"adapter in {run.folder / 'adapter'} (PEFT format)")
+    saved = f"adapter in {run.folder / 'adapter'} (PEFT format)" if trained else (
+        "nothing was trained")
+    print(f"\n{format_seconds(seconds)}, peak {peak_rss_gb():.2f} GB; {saved}")
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj",
 
 
 class Speaker:
-    """Says which adapter is speaking; all layers of a model look at the same one."""
+    """Says which adapter is active; all layers of a model look at the same one."""
 
     def __init__(self) -> None:
         self.name: str | None = None
@@ -191,7 +191,8 @@ def load(model: Qwen, name: str, folder: Path) -> None:
     verify_checksums(folder)
     config = read_json(folder / "adapter_config.json")
     foreign = [k for k in ("use_dora", "use_rslora", "fan_in_fan_out", "rank_pattern",
-                           "alpha_pattern", "modules_to_save") if config.get(k)]
+                           "alpha_pattern", "modules_to_save", "lora_bias",
+                           "alora_invocation_tokens") if config.get(k)]
     require(config.get("peft_type") == "LORA" and not foreign, f"{folder} is not a "
             f"plain LoRA adapter ({', '.join(foreign) or config.get('peft_type')})")
     # PiSSA and its like change the base too, and say so only here.

@@ -570,9 +570,15 @@ def score_file(settings: Settings) -> None:
     model, tokenizer = load_base(settings.model, settings.device, dtype)
     folder = settings.reward or default_folder(settings.model)
     scorer = load(model, folder)
-    for row in tqdm(rows, desc="scoring", unit="row", file=sys.stderr):
+    context = model.config.max_position_embeddings
+    for number, row in enumerate(tqdm(rows, desc="scoring", unit="row",
+                                      file=sys.stderr), 1):
         response = encode_response(tokenizer, row["response"], bool(row.get("cut")))
-        scores = scorer.score(tokenizer.chat(row["prompt"]), [response])[0].tolist()
+        prompt = tokenizer.chat(row["prompt"])
+        require(len(prompt) + len(response) <= context, f"{settings.score}: row "
+                f"{number} has {len(prompt) + len(response)} tokens, the context "
+                f"{context}; shorten it")
+        scores = scorer.score(prompt, [response])[0].tolist()
         row["scores"] = {axis: round(score, 4) for axis, score in
                          zip(scorer.axes, scores, strict=True)}
     write_whole(settings.out, "".join(json.dumps(r, ensure_ascii=False) + "\n"

@@ -92,8 +92,9 @@ def append_line(file, record: dict) -> None:
         while data:  # a disk that is nearly full takes a part
             data = data[file.write(data):]
     except OSError as error:
-        raise UserError(f"cannot write {file.name}: {error.strerror}; make room, and "
-                        "go on from the last checkpoint with --resume") from error
+        raise UserError(f"cannot write {file.name}: {error.strerror}; make room; a run "
+                        "of grpo.py goes on from its checkpoint with --resume"
+                        ) from error
 
 
 def append(path: Path):
@@ -219,8 +220,11 @@ def verify_checksums(folder: Path) -> None:
 
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
 
 
 # ----------------------------------------------------------------------- checkpoints
@@ -384,7 +388,11 @@ def only_writer(folder: Path) -> Iterator[None]:
         except OSError as error:
             raise UserError(f"another process is writing {folder}; choose another "
                             "--out, or wait for it") from error
-        yield
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # if it is empty: a refused run leaves nothing behind
     finally:
         os.close(handle)
 

@@ -25,7 +25,14 @@ from torch import Tensor
 
 import lora
 from model import TINY, Qwen, Tokenizer, load, pick_device
-from run import one_line_errors, option, parse_settings, read_json, require
+from run import (
+    one_line_errors,
+    option,
+    parse_settings,
+    read_json,
+    require,
+    verify_checksums,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,8 +163,20 @@ def find_run(settings: Settings) -> tuple[Path | None, dict]:
     require(settings.adapter.is_dir(), f"no such run folder: {settings.adapter}")
     inner = settings.adapter / "adapter"
     folder = inner if inner.is_dir() else settings.adapter
-    config = folder.parent / "config.json"
-    return folder, read_json(config) if config.is_file() else {}
+    path = folder.parent / "config.json"
+    if not path.is_file():
+        return folder, {}
+    verify_checksums(folder.parent)
+    config = read_json(path)
+    for name in ("model", "reward", "system"):
+        require(config.get(name) is None or isinstance(config[name], str),
+                f"{path}: {name} must be text")
+    # A folder of somebody else's must not choose what is fetched from the Hub.
+    model = config.get("model")
+    require(settings.model or (model and Path(model).is_dir()),
+            f"{folder} was trained on {model}, which is no folder here; name it with "
+            "--model")
+    return folder, config
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -177,7 +196,7 @@ def main(argv: list[str] | None = None) -> None:
     if folder:
         lora.load(model, "policy", folder)
         speakers.append(("aligned", "policy"))
-    used = run.get("reward", "gold")  # by the run; the gold rubric has no folder
+    used = run.get("reward") or "gold"  # by the run; the gold rubric has no folder
     judge = settings.reward or (
         reward_model.default_folder(source) if used == "gold" else Path(used))
     scorer = reward_model.load(model, judge) if judge.is_dir() else None

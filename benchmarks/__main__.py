@@ -206,26 +206,25 @@ def main(argv: list[str] | None = None) -> None:
     weights = Path(s.model) / "model.safetensors"
     require(weights.is_file(), f"{s.model} has no model.safetensors")
     require(s.repeats >= 1, "--repeats must be at least 1")
-    wanted = [w.strip() for w in s.only.split(",")]
+    wanted = [w.strip() for w in s.only.split(",") if w.strip()] or [""]
     rows = [r for r in all_rows(s.model) if any(w in r.name for w in wanted)]
     require(bool(rows), f"--only {s.only}: no row has that in its name")
-    found: dict[str, dict[str, list]] = {}
-    total = s.repeats * sum(len(row.sides) for row in rows)
-    with tqdm(total=total, unit="process", file=sys.stderr) as bar:
-        for row in rows:
-            found[row.name] = {side: [] for side in row.sides}
-            for _ in range(s.repeats):
-                for side in row.sides:
-                    bar.set_postfix_str(f"{row.name}: {side}")
-                    found[row.name][side].append(measure(row, side))
-                    bar.update()
     report = {
         "date": date.today().isoformat(), "machine": processor(),
         "threads": torch.get_num_threads(), "torch": torch.__version__,
-        "sha256": file_sha256(weights), "repeats": s.repeats,
-        "rows": {name: {side: summarise(runs) for side, runs in sides.items()}
-                 for name, sides in found.items()}}
-    write_json(s.out, report)
+        "sha256": file_sha256(weights), "repeats": s.repeats, "rows": {}}
+    total = s.repeats * sum(len(row.sides) for row in rows)
+    with tqdm(total=total, unit="process", file=sys.stderr) as bar:
+        for row in rows:
+            found: dict[str, list] = {side: [] for side in row.sides}
+            for _ in range(s.repeats):
+                for side in row.sides:
+                    bar.set_postfix_str(f"{row.name}: {side}")
+                    found[side].append(measure(row, side))
+                    bar.update()
+            report["rows"][row.name] = {
+                side: summarise(runs) for side, runs in found.items()}
+            write_json(s.out, report)  # two hours of rows must not hang on the last
     write_whole(s.out.with_suffix(".md"), tables(report))
     print(tables(report))
 

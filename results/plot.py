@@ -40,12 +40,18 @@ def main(folder: Path) -> None:
     try:
         import matplotlib
     except ImportError:
-        sys.exit("plot.py: error: matplotlib is missing: pip install matplotlib")
+        print("plot.py: error: matplotlib is missing: pip install matplotlib",
+              file=sys.stderr)
+        sys.exit(2)
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     lines = (folder / "metrics.jsonl").read_text().splitlines()
-    metrics = [json.loads(line) for line in lines]
+    # DPO and SFT also have lines about training on pairs, without responses.
+    metrics = [m for m in map(json.loads, lines) if "R" in m]
+    if not metrics:
+        print(f"plot.py: error: {folder} has no steps with responses", file=sys.stderr)
+        sys.exit(2)
     steps = [m["step"] for m in metrics]
     panels = curves(metrics)
     figure, places = pyplot.subplots(1, len(panels), figsize=(12, 3.6))

@@ -21,21 +21,23 @@ def read_lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def groups(samples: list[dict]) -> list[dict]:
-    """Rows of samples.jsonl → one entry for each step and prompt, in their order."""
-    found: dict[tuple, dict] = {}
-    for row in samples:
-        entry = found.setdefault((row["step"], row["prompt"]), {
-            "step": row["step"], "prompt": row["prompt"], "responses": []})
-        entry["responses"].append(
-            {"text": row["response"], "scores": list(row["scores"].values())})
-    return list(found.values())
+def groups(samples: list[dict], size: int) -> list[dict]:
+    """Rows of samples.jsonl → one entry for each group of G = size, in their order.
+
+    Not by the prompt's text: a file of prompts may hold one twice.
+    """
+    return [{
+        "step": samples[i]["step"], "prompt": samples[i]["prompt"],
+        "responses": [{"text": row["response"], "scores": list(row["scores"].values())}
+                      for row in samples[i:i + size]]}
+        for i in range(0, len(samples), size)]
 
 
 def data_of(folder: Path) -> dict:
     """All that the page shows."""
     config = json.loads((folder / "config.json").read_text())
-    metrics = read_lines(folder / "metrics.jsonl")
+    # DPO and SFT also have lines about training on pairs, without responses.
+    metrics = [m for m in read_lines(folder / "metrics.jsonl") if "R" in m]
     summary = folder / "summary.json"
     told = json.loads(summary.read_text()) if summary.is_file() else {}
     return {
@@ -51,7 +53,7 @@ def data_of(folder: Path) -> dict:
         "others": {key: [m[key] for m in metrics] for key in (
             "kl", "entropy", "length") if all(key in m for m in metrics)},
         "before": told.get("before"), "after": told.get("after"),
-        "groups": groups(read_lines(folder / "samples.jsonl"))}
+        "groups": groups(read_lines(folder / "samples.jsonl"), config["group_size"])}
 
 
 def page(data: dict) -> str:
@@ -68,8 +70,10 @@ def main(words: list[str]) -> str | None:
     names = ("config.json", "metrics.jsonl", "samples.jsonl")
     if len(words) != 1 or not all((Path(words[0]) / n).is_file() for n in names):
         return f"usage: python results/report.py RUN, a folder with {', '.join(names)}"
-    path = Path(words[0]) / "report.html"
-    path.write_text(page(data_of(Path(words[0]))), encoding="utf-8")
+    data, path = data_of(Path(words[0])), Path(words[0]) / "report.html"
+    if not data["steps"]:
+        return f"report.py: error: {words[0]} has no steps with responses to show"
+    path.write_text(page(data), encoding="utf-8")
     print(f"wrote {path}")
     return None
 

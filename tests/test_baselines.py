@@ -9,21 +9,27 @@
 * Shared prefixes, micro-batches and padding change no gradient.
 * Every method moves the policy, and leaves the same files as grpo.py.
 * A comparison's table holds mean ± standard deviation of its runs' own figures; an
-  interrupted comparison goes on where it was.
+  interrupted comparison goes on where it was; its settings are among those searched.
+* Bad input costs one line; PPO needs no group; page and chat take runs of any method.
 """
 
 import collections
 import itertools
 import json
+import subprocess
+import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
 from test_grpo import make_batch, make_run
 
 import baselines
+import grpo
 import lora
 import run
+import sample
 from model import SIZES
 
 MASK = torch.arange(5) < torch.tensor([5, 1, 3])[:, None]
@@ -301,23 +307,88 @@ def test_every_method_runs_and_leaves_the_files_of_a_run(method, tmp_path):
     summary = run.read_json(folder / "summary.json")
     assert summary["after"]["kl"] > 1e-9  # it has moved
     assert SIZES["tiny"] in summary["model"] or "tiny" in summary["model"]
+    # What is made for runs of grpo.py takes these too: the page and the chat.
+    assert subprocess.run([sys.executable, "results/report.py", str(folder)],
+                          check=False).returncode == 0
+    sample.main(["--adapter", str(folder), "--max-new-tokens", "4", "Hello!"])
+
+
+def test_ppo_needs_no_group(tmp_path):
+    baselines.main(["--method", "ppo", *SHORT, "--reward", "gold", "--group-size", "1",
+                    "--prompts-per-step", "8", "--out", str(tmp_path / "run")])
+    assert run.read_json(tmp_path / "run" / "summary.json")["after"]["kl"] > 1e-9
 
 
 def test_the_tables_hold_mean_and_deviation_of_the_runs():
     def summary(r: float) -> dict:
-        part = {"gold": {"safety": r / 2, "R": r}, "reward_model": {"R": r + 0.1},
-                "kl": 0.25, "behaviour": {"harmful": {"refuse_kind_step": 0.5},
-                                          "benign": {}}}
+        part = {"gold": {"safety": r, "R": 0.99},
+                "reward_model": {"safety": r + 0.1, "R": 0.99},
+                "kl": 0.25, "tokens_an_answer": 30,
+                "behaviour": {"harmful": {"refuse_kind_step": 0.5}, "benign": {}}}
         return {"before": part, "after": part, "training_seconds": 9.0,
                 "peak_rss_gb": 0.5, "sampled_tokens": 1000, "trained_tokens": 2000,
                 "trained_parameters": 12345}
 
     lines = baselines.comparison({"GRPO": [summary(0.5), summary(0.7)]})
-    # The mean of 0.5 and 0.7, and their deviation: 0.2 / √2.
-    assert "| GRPO | 0.600 ± 0.141 | 0.300 ± 0.071 | 0.700 ± 0.141 | 0.250 ± 0.000 | " \
+    # The mean of 0.5 and 0.7, and their deviation: 0.2 / √2. R has the run's weights,
+    # which are not the same in every row: the mean of the axes is shown instead.
+    assert "| GRPO | 0.600 ± 0.141 | 0.600 ± 0.141 | 0.700 ± 0.141 | 0.250 ± 0.000 | " \
         "50% ± 0% | 0% ± 0% |" in lines
-    assert "| GRPO | 9 ± 0 | 0.50 ± 0.00 | 1,000 | 2,000 | 12,345 |" in lines
+    assert "| GRPO | 9 ± 0 | 0.50 ± 0.00 | 1,000 | 2,000 | 12,345 | 30 |" in lines
     assert lines[2].startswith("| (the base) | 0.600")
+    bound = summary(0.5)
+    bound["after"] = bound["after"] | {"kl_is_a_bound": True}
+    assert "| ≤ 0.250 |" in baselines.comparison({"best of 8": [bound]})[3]
+
+
+def test_an_interrupted_comparison_goes_on(tmp_path, monkeypatch):
+    commands = []
+
+    def finish(words, **_):
+        commands.append(words[2:])
+        out = Path(words[-1])
+        run.write_json(out / "summary.json", {"seconds": len(commands)})
+        run.write_checksums(out, ["summary.json"])
+        return types.SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(baselines.subprocess, "run", finish)
+    programs = {"GRPO": ["grpo.py"], "PPO": ["baselines.py", "--method", "ppo"]}
+    for name in ("grpo-0", "ppo-0"):  # cut short: settings, and no checksums
+        run.write_json(tmp_path / name / "config.json", {})
+    found = baselines.run_all(programs, [0], tmp_path)
+    assert commands == [
+        ["--resume", str(tmp_path / "grpo-0")],
+        ["--method", "ppo", "--seed", "0", "--out", str(tmp_path / "ppo-0")]]
+    assert not (tmp_path / "ppo-0" / "config.json").exists()  # begun again
+    assert baselines.run_all(programs, [0], tmp_path) == found
+    assert len(commands) == 2
+    programs["GRPO"] = ["grpo.py", "--steps", "3"]
+    with pytest.raises(run.UserError, match="grpo-0 is of another command"):
+        baselines.run_all(programs, [0], tmp_path)
+
+
+@pytest.mark.parametrize(("words", "why"), [
+    (["--compare", "--steps", "3"], "--compare does not go with --steps"),
+    (["--compare", "--ablate"], "--compare does not go with --ablate"),
+    (["--search", "ppo", "--seeds", "1"], "--search does not go with --seeds"),
+    (["--compare", "--seeds", "0,x"], "--seeds 0,x: expected different numbers"),
+    (["--compare", "--seeds", "0,0"], "--seeds 0,0: expected different numbers"),
+    (["--ablate", "--seeds", "²"], "--seeds ²: expected different numbers"),
+    (["--method", "dpo", "--beta", "0"], "--beta 0 leaves DPO without a gradient"),
+    (["--method", "sft", "--group-size", "1"], "a group needs at least 2")])
+def test_bad_input_is_refused_before_anything_runs(words, why, tmp_path, monkeypatch):
+    monkeypatch.setattr(baselines.subprocess, "run", None)
+    with pytest.raises(run.UserError, match=why):
+        baselines.main([*words, "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+def test_settings_of_the_comparison_are_among_those_that_were_searched():
+    for method, grid in baselines.SEARCH.items():
+        used = ({"lr": grpo.DEFAULTS[True]["lr"], "beta": grpo.Settings.beta}
+                if method == "grpo" else baselines.DEFAULTS[True][method])
+        assert any(all(used.get(key, value) == value for key, value in options.items())
+                   for options in grid), method
 
 
 @pytest.mark.slow

@@ -56,6 +56,20 @@ def test_a_full_disk_ends_the_run_with_one_line_and_the_run_resumes(tmp_path):
     run.verify_checksums(tmp_path / "run")
 
 
+def test_a_folder_that_cannot_be_written_is_noticed_before_anything_is_loaded(
+        tmp_path, monkeypatch):
+    monkeypatch.setattr(grpo, "load", None)
+    (tmp_path / "file").touch()
+    with pytest.raises(run.UserError, match="cannot write into"):
+        grpo.main(["--out", str(tmp_path / "file" / "run")])
+
+
+def test_a_refused_run_leaves_no_folder(tmp_path):
+    with pytest.raises(run.UserError, match="no such file|cannot read"):
+        grpo.main(["--prompts", "gone.jsonl", "--out", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.skipif(shutil.which("mount") is None or os.geteuid() != 0,
                     reason="a small tmpfs needs root")
 def test_a_small_tmpfs_ends_the_run_the_same_way(tmp_path):

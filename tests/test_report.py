@@ -32,7 +32,7 @@ def write_run(folder: Path, advantage: str = "group") -> list[list[list[float]]]
     folder.mkdir()
     run.write_json(folder / "config.json", {
         "axes": AXES, "weights_used": [0.25] * 4, "advantage": advantage,
-        "min_std": 1e-3})
+        "min_std": 1e-3, "group_size": 5})
     (folder / "metrics.jsonl").write_text("".join(json.dumps({
         "step": step, "R": 0.5, "kl": 0.1 * step, "entropy": 1.0, "length": 9.0,
         "axes": {axis: {"mean": 0.5} for axis in AXES}}) + "\n" for step in (1, 2)))
@@ -152,6 +152,26 @@ def test_dark_mode_is_dark(browser, tmp_path):
             "features": [{"name": "prefers-color-scheme", "value": scheme}]})
         assert browser.execute_script(
             "return getComputedStyle(document.body).backgroundColor") == wanted
+
+
+def test_twins_of_a_prompt_stay_two_groups(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(PROGRAM.parent)
+    import report
+
+    rows = [{"step": 1, "prompt": "Why?", "response": str(i), "scores": {"a": i / 8}}
+            for i in range(8)]
+    found = report.groups(rows, 4)
+    assert [[r["text"] for r in group["responses"]] for group in found] == [
+        ["0", "1", "2", "3"], ["4", "5", "6", "7"]]
+
+
+def test_a_run_without_responses_is_refused_in_one_line(tmp_path):
+    write_run(tmp_path / "run")
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n')
+    end = subprocess.run([sys.executable, str(PROGRAM), str(tmp_path / "run")],
+                         check=False, capture_output=True, text=True)
+    assert end.returncode == 2
+    assert "no steps with responses" in end.stderr
 
 
 def test_a_folder_without_a_run_is_refused_in_one_line(tmp_path):

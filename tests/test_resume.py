@@ -207,8 +207,11 @@ def test_two_processes_do_not_write_one_folder(tmp_path):
         with pytest.raises(run.UserError, match="another process is writing"):
             with run.only_writer(tmp_path / "run"):
                 pass
+        assert (tmp_path / "run").is_dir()  # the one that was refused left it alone
+    assert not (tmp_path / "run").exists()  # and an empty one is not left behind
     with run.only_writer(tmp_path / "run"):
-        pass
+        (tmp_path / "run" / "x").touch()
+    assert (tmp_path / "run" / "x").exists()
 
 
 def test_a_checkpoint_brings_back_parameters_and_moments(tmp_path):

@@ -615,6 +615,23 @@ def test_a_row_longer_than_the_context_is_refused(trained, tmp_path):
                            "--data", str(tmp_path / "in.jsonl")])
 
 
+def test_a_row_to_score_that_is_longer_than_the_context_is_refused(trained, tmp_path):
+    rows = [{"prompt": "How?", "response": "So."},
+            {"prompt": "How?", "response": "word " * 300}]
+    with pytest.raises(UserError, match=r"in\.jsonl: row 2 has \d+ tokens"):
+        score(trained, rows, tmp_path)
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_a_finished_reward_model_is_not_overwritten(trained, monkeypatch):
+    monkeypatch.setattr(reward_model, "load_base", None)
+    before = (trained[1] / "reward" / "head.safetensors").read_bytes()
+    with pytest.raises(UserError, match="holds a finished reward model"):
+        reward_model.main(["--model", str(trained[0]),
+                           "--out", str(trained[1] / "reward")])
+    assert (trained[1] / "reward" / "head.safetensors").read_bytes() == before
+
+
 def test_a_split_that_leaves_nothing_to_judge_is_refused(trained, tmp_path):
     rows = [{"prompt": "How?", "response": "So.", "scores": {"good": 1}}]
     write_jsonl(tmp_path / "in.jsonl", rows)

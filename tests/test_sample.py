@@ -27,7 +27,7 @@ import lora
 import sample
 from logprob import token_logprobs
 from model import Config, Qwen, pad_rows
-from run import UserError, one_line_errors
+from run import UserError, one_line_errors, write_checksums
 from sample import draw_uniforms, pick, rollout
 
 V, VALID = 40, 37
@@ -303,6 +303,8 @@ def chat(monkeypatch, tmp_path):
     trained = tiny(torch.float32)
     run = tmp_path / "run"
     lora.save(trained, "policy", run / "adapter", "some/base")
+    monkeypatch.chdir(tmp_path)
+    Path("some/base").mkdir(parents=True)
     (run / "config.json").write_text(json.dumps({"model": "some/base"}))
 
     def load(source, device):
@@ -366,6 +368,25 @@ def test_bad_input_costs_one_line(argv, why, capsys, monkeypatch):
     assert why in printed.err
     assert printed.err.count("\n") == 1
     assert printed.out == ""
+
+
+@pytest.mark.parametrize(("config", "why"), [
+    ({"model": "someone/model"}, "which is no folder here; name it with --model"),
+    ({"model": None}, "which is no folder here; name it with --model"),
+    ({"model": 5}, "model must be text"),
+    ({"model": "some/base", "system": 5}, "system must be text"),
+    ({"model": "some/base", "reward": ["x"]}, "reward must be text")])
+def test_a_strangers_run_chooses_nothing(chat, config, why):
+    (chat.run / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=why):
+        sample.main(["1", "--adapter", str(chat.run)])
+
+
+def test_a_run_that_was_altered_is_refused(chat):
+    write_checksums(chat.run, ["config.json"])
+    (chat.run / "config.json").write_text(json.dumps({"model": "some/base", "x": 1}))
+    with pytest.raises(UserError, match="is not the file that was written"):
+        sample.main(["1", "--adapter", str(chat.run)])
 
 
 def test_missing_adapter_from_the_shell(tmp_path):
