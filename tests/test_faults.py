@@ -65,7 +65,7 @@ def test_a_folder_that_cannot_be_written_is_noticed_before_anything_is_loaded(
 
 
 def test_a_refused_run_leaves_no_folder(tmp_path):
-    with pytest.raises(run.UserError, match="no such file|cannot read"):
+    with pytest.raises(run.UserError, match=r"no such file|cannot read"):
         grpo.main(["--prompts", "gone.jsonl", "--out", str(tmp_path / "run")])
     assert not (tmp_path / "run").exists()
 

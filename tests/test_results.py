@@ -1,7 +1,8 @@
 """results/: every figure of its README, and of the main one, is the runs' own.
 
 * The tables and answers are what `results/tables.py` prints for the folders beside it.
-* The files name the checkpoint that they were measured on, and no machine's paths.
+* The noise that the text states is the largest difference between the two seeds.
+* The commands name the settings of the runs; the checkpoint is named, no machine is.
 """
 
 import json
@@ -14,7 +15,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 HOME = ROOT / "results" / "0.5b"
-REWARDS, RUNS = ["reward", "judge"], ["equal", "safety"]
+REWARDS, RUNS = ["reward", "judge"], ["equal", "equal-seed-1", "safety"]
+TEXT = (HOME / "README.md").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -24,38 +26,61 @@ def printed():
         cwd=HOME, check=True, capture_output=True, text=True).stdout
 
 
+def gains(name: str, who: str) -> dict[str, float]:
+    run = json.loads((HOME / name / "summary.json").read_text())
+    return {axis: run["after"][who][axis] - old
+            for axis, old in run["before"][who].items()}
+
+
 def test_the_tables_are_what_the_command_prints(printed):
-    text = (HOME / "README.md").read_text()
     for line in filter(None, printed.splitlines()):
-        assert line in text
+        assert line in TEXT
 
 
 def test_the_main_readme_shows_the_same_figures(printed):
     text = (ROOT / "README.md").read_text()
     report = json.loads((HOME / "reward" / "reward.json").read_text())["report"]
-    for axis, r in report["axes"].items():
-        cells = [f"{r['spearman']:.3f}", f"{r['low']:.3f} to {r['high']:.3f}",
-                 f"{r['mae']:.3f}", f"{r['mae_of_mean']:.3f}"]
-        assert f"| {axis} | {' | '.join(cells)} |" in text
+    found = [r["spearman"] for r in report["axes"].values()]
+    assert f"{sum(found) / 4:.3f}" in text
+    assert " / ".join(f"{x:.3f}" for x in found) in text
     rows = [line for line in printed.splitlines()
-            if re.match(r"\| \w+ \| (reward model|judge) \|", line)]
+            if re.match(r"\| (equal|safety) \| (reward model|judge) \|", line)]
     assert len(rows) == 4
     for line in rows:
         assert line in text
+    # The answers that it shows are among the ten, word for word.
+    for kind in ("before", "after"):
+        shown = re.findall(rf"^ +\* {kind}: (.*(?:\n {{4}}.*)*)", text, re.M)
+        assert len(shown) == 2
+        for answer in shown:
+            assert f"{kind}: {' '.join(answer.split())}\n" in printed
+
+
+def test_the_noise_between_two_seeds_is_stated():
+    for who, name in (("reward_model", "reward model"), ("judge", "judge")):
+        one, two = gains("equal", who), gains("equal-seed-1", who)
+        largest = max(abs(one[axis] - two[axis]) for axis in one)
+        assert f"{largest:.3f} by the {name}" in " ".join(TEXT.split()), (name, largest)
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_run_is_there_as_it_was_written(name):
+def test_a_run_is_there_as_its_command_says(name):
     config = json.loads((HOME / name / "config.json").read_text())
-    assert config.get("system") is None
+    [command] = [line for line in TEXT.splitlines()
+                 if line.endswith(f"--out runs/{name}")]
+    [common] = re.findall(r'^S="(.*)"$', TEXT, re.M)
+    words = dict(re.findall(r'--([\w-]+) ("[^"]*"|\S+)',
+                            command.replace("$S", common)))
+    for option, value in words.items():
+        key = option.replace("-", "_")
+        assert str(config[key]) == value.strip('"') or float(value) == config[key]
     assert (HOME / name / "metrics.jsonl").read_text().count("\n") == config["steps"]
     assert (HOME / name / "curves.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_the_checkpoint_is_named_and_no_machine_is():
-    text = (HOME / "README.md").read_text()
-    assert "Qwen2.5-Coder-0.5B-Instruct" in text
-    assert re.search(r"\b[0-9a-f]{64}\b", text)
+    assert "Qwen2.5-Coder-0.5B-Instruct" in TEXT
+    assert re.search(r"\b[0-9a-f]{64}\b", TEXT)
     for path in HOME.rglob("*"):
         if path.suffix in (".json", ".jsonl", ".md"):
             assert not re.search(r"\"/(?!/)\w+/", path.read_text()), path
