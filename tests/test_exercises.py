@@ -77,3 +77,9 @@ def test_check_finds_what_does_not_match(tmp_path, monkeypatch, old, new, proble
     assert bool(problems) == (problem is not None)
     if problem:
         assert problem in " ".join(problems)
+
+
+@pytest.mark.parametrize("page", [
+    "03", pytest.param("08", marks=pytest.mark.slow)])
+def test_a_page_says_what_its_commands_print(page):
+    assert check.main([page]) == 0
