@@ -103,7 +103,8 @@ def draws() -> tuple:
             batch.sampled.logp, batch.sampled.ended, batch.alive)
 
 
-@pytest.mark.parametrize("count", [2, 4])  # of 4 processes one has no prompt
+@pytest.mark.parametrize("count", [  # of 4 processes one has no prompt
+    2, pytest.param(4, marks=pytest.mark.slow)])
 def test_draws_are_the_same_and_known_to_all(count, tmp_path):
     responses, *tensors = draws()
     for found, *others in in_processes(draws, count, tmp_path):

@@ -134,7 +134,7 @@ def test_the_readme_shows_the_results_of_its_command(capsys):
 
 
 @pytest.mark.parametrize("size", [
-    pytest.param(size, marks=[pytest.mark.slow] if size in ("3b", "14b") else [])
+    pytest.param(size, marks=[] if size == "0.5b" else [pytest.mark.slow])
     for size in model.SHAPES])
 def test_the_readme_shows_what_each_size_needs(size):
     printed = grpo.plan(grpo.resolve(grpo.Settings(size=size))).splitlines()

@@ -260,8 +260,8 @@ def few_labels(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("at", [2, *(pytest.param(n, marks=pytest.mark.slow)
-                                   for n in (1, 3))])
+@pytest.mark.slow
+@pytest.mark.parametrize("at", [1, 2, 3])
 def test_the_reward_models_training_goes_on(at, few_labels, tmp_path, monkeypatch):
     options = [*LABELS, "--data", str(few_labels)]
     reward_model.main([*options, "--out", str(tmp_path / "whole")])
