@@ -70,6 +70,7 @@ def test_a_refused_run_leaves_no_folder(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("mount") is None or os.geteuid() != 0,
                     reason="a small tmpfs needs root")
 def test_a_small_tmpfs_ends_the_run_the_same_way(tmp_path):

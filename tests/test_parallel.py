@@ -135,6 +135,7 @@ def torchrun(*options: str) -> subprocess.Popen:
         env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
+@pytest.mark.slow
 def test_torchrun_makes_the_run_of_one_process(tmp_path):
     process = torchrun(*SHORT, "--out", str(tmp_path / "two"))
     printed, errors = process.communicate(timeout=120)

@@ -7,6 +7,7 @@
 """
 
 import ast
+import functools
 import json
 import re
 from pathlib import Path
@@ -30,13 +31,19 @@ ROW = re.compile(
 MAP = {tag: (file, function, test) for tag, file, function, test in ROW.findall(README)}
 
 
+@functools.cache
+def parsed(path: Path) -> tuple[list[tuple[int, int, str]], list[str]]:
+    """The first line, last line and name of each function; and all lines."""
+    text = path.read_text()
+    return [(n.lineno, n.end_lineno, n.name) for n in ast.walk(ast.parse(text))
+            if isinstance(n, ast.FunctionDef)], text.splitlines()
+
+
 def functions_with(tag: str) -> list[tuple[str, str]]:
     """(file, innermost function) of every comment that opens with the tag."""
     found = []
     for path in MODULES:
-        tree, text = ast.parse(path.read_text()), path.read_text().splitlines()
-        spans = [(n.lineno, n.end_lineno, n.name) for n in ast.walk(tree)
-                 if isinstance(n, ast.FunctionDef)]
+        spans, text = parsed(path)
         for number, line in enumerate(text, 1):
             if line.strip().startswith(f"# {tag}"):
                 inner = max((s for s in spans if s[0] <= number <= s[1]),
