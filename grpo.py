@@ -1098,8 +1098,8 @@ def plan(s: Settings) -> str:
             config.weights * dtype.itemsize,
             4 * 4 * adapter,  # fp32: itself, its gradient, AdamW's two moments
             max(cache * dtype.itemsize, activations),  # never held together
-            # fp32 logits, log π, π and log ref of a chunk
-            4 * 4 * min(CHUNK_NUMBERS,
+            # fp32 log π, π and log ref of a chunk
+            3 * 4 * min(CHUNK_NUMBERS,
                         largest * s.max_new_tokens * config.vocab_size))])
     names = ["base (policy, reference and reward model)", "LoRA and AdamW",
              "sampling or a backward pass, the larger", "a chunk of the vocabulary"]

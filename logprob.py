@@ -23,8 +23,11 @@ import os
 import torch
 from torch import Tensor
 
-# Rows of logits held at a time: 64 MB of fp32. Larger chunks are not faster on a CPU.
-CHUNK_NUMBERS = 16_000_000
+from model import linear
+
+# Rows of logits held at a time: 32 MB of fp32, which stay in the cache between the steps
+# of the softmax. Twice as much costs a third more time.
+CHUNK_NUMBERS = 8_000_000
 
 
 def naive(hidden: Tensor, unembed: Tensor, targets: Tensor, temperature: float = 1.0,
@@ -141,23 +144,24 @@ def _statistics(hidden, unembed, targets, temperature, need_grad, entropy, refer
     if entropy or need_grad or reference is not None:
         prob = logp_all.exp()  # (n, V)
     if entropy:
-        h = -(prob * logp_all).sum(-1)  # H(π) = −Σ π log π
+        h = -torch.linalg.vecdot(prob, logp_all)  # H(π) = −Σ π log π
     if reference is not None:
         # KL(π ‖ ref) = Σ π (log π − log ref), over the whole vocabulary
         ref_all = _log_softmax(reference, unembed, temperature)  # (n, V)
         logp_ref = ref_all.gather(-1, targets[:, None]).squeeze(-1)  # (n,)
-        kl = (prob * ref_all.neg_().add_(logp_all)).sum(-1)
+        kl = -torch.linalg.vecdot(prob, ref_all.sub_(logp_all))
     if need_grad:
-        # (e_y − π) W, not W_y − π W: where π(y) is near 1 the two rows nearly cancel,
+        # (π − e_y) W, not π W − W_y: where π(y) is near 1 the two rows nearly cancel,
         # and in bf16 their difference would be rounding noise.
-        share = prob.neg_().scatter_(-1, targets[:, None], -logp.expm1()[:, None])
-        slope = share.to(unembed.dtype) @ unembed / temperature  # (n, D)
+        share = prob.scatter_(-1, targets[:, None], logp.expm1()[:, None])
+        slope = linear(share.to(unembed.dtype), unembed.T) / -temperature  # (n, D)
     return logp, h, kl, logp_ref, slope
 
 
 def _log_softmax(hidden: Tensor, unembed: Tensor, temperature: float) -> Tensor:
-    logits = (hidden @ unembed.T).to(_wide(hidden))  # (n, V)
-    return logits.div_(temperature).log_softmax(-1)
+    # In place: fresh memory for another chunk costs more than the softmax.
+    logits = linear(hidden, unembed).to(_wide(hidden)).div_(temperature)  # (n, V)
+    return torch.log_softmax(logits, -1, out=logits)
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

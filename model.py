@@ -174,6 +174,46 @@ def _quotient(raw: dict, over: str, under: str, path: Path) -> int:
 # ---------------------------------------------------------------------------- layers
 
 
+# Weights of so many numbers are read from memory and not from the cache.
+LARGE = 1 << 20
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """y = x Wᵀ + b: x (..., in), weight (out, in), bias (out,) → (..., out).
+
+    PyTorch brings two libraries for products on a CPU. `F.linear` asks MKL in fp32;
+    oneDNN reads large frozen weights up to 3 times faster for the few rows of a
+    decoding step, and is never slower there. For small ones it costs more than it
+    gives.
+    """
+    if (x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu"
+            and weight.numel() >= LARGE and not weight.requires_grad
+            and torch.backends.mkldnn.is_available()):
+        return _FrozenLinear.apply(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+class _FrozenLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(weight)
+        # Not among PyTorch's documented names; requirements.txt pins the version.
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+    @staticmethod
+    def backward(ctx, grad):
+        (weight,) = ctx.saved_tensors
+        return linear(grad, weight.T), None, None  # dx = dy W
+
+
+class Linear(nn.Linear):
+    """`nn.Linear` by way of `linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) → (..., out)."""
+        return linear(x, self.weight, self.bias)
+
+
 class RMSNorm(nn.Module):
     """y = x / sqrt(mean(x²) + eps) · weight, computed in fp32 or better."""
 
@@ -217,10 +257,10 @@ class Attention(nn.Module):
         heads, shared = config.num_attention_heads, config.num_key_value_heads
         size, width = config.head_dim, config.hidden_size
         self.head_dim = size
-        self.q_proj = nn.Linear(width, heads * size, bias=config.bias)
-        self.k_proj = nn.Linear(width, shared * size, bias=config.bias)
-        self.v_proj = nn.Linear(width, shared * size, bias=config.bias)
-        self.o_proj = nn.Linear(heads * size, width, bias=False)
+        self.q_proj = Linear(width, heads * size, bias=config.bias)
+        self.k_proj = Linear(width, shared * size, bias=config.bias)
+        self.v_proj = Linear(width, shared * size, bias=config.bias)
+        self.o_proj = Linear(heads * size, width, bias=False)
         if config.qk_norm:
             self.q_norm = RMSNorm(size, config.rms_norm_eps)
             self.k_norm = RMSNorm(size, config.rms_norm_eps)
@@ -249,9 +289,9 @@ class MLP(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         width, inner = config.hidden_size, config.intermediate_size
-        self.gate_proj = nn.Linear(width, inner, bias=False)
-        self.up_proj = nn.Linear(width, inner, bias=False)
-        self.down_proj = nn.Linear(inner, width, bias=False)
+        self.gate_proj = Linear(width, inner, bias=False)
+        self.up_proj = Linear(width, inner, bias=False)
+        self.down_proj = Linear(inner, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, T, D) → (B, T, D)."""
@@ -379,7 +419,7 @@ class Qwen(nn.Module):
             Block(config) for _ in range(config.num_hidden_layers))
         self.model.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
 
     @property
     def unembed(self) -> Tensor:
@@ -412,7 +452,7 @@ class Qwen(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (B, T, D) → (B, T, V). Mind the size: training uses `logprob.py`."""
-        return hidden @ self.unembed.T
+        return linear(hidden, self.unembed)
 
     def prefill(self, prompts: list[list[int]], depth: int | None = None) -> Cache:
         """Keys and values of prompts of any length, padded on the left to S.

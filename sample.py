@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 import lora
-from model import TINY, Qwen, Tokenizer, load, pick_device
+from model import TINY, Qwen, Tokenizer, linear, load, pick_device
 from run import (
     one_line_errors,
     option,
@@ -59,7 +59,7 @@ def draw_uniforms(seed: int, step: int, prompt: int, group_size: int,
 
 
 def pick(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """Sample by inverting the cumulative distribution, in float64.
+    """Sample by inverting the cumulative distribution, summed in float64.
 
     Args:
         logits: (n, V) over the valid vocabulary.
@@ -71,9 +71,10 @@ def pick(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, T
     """
     if temperature == 0:
         return logits.argmax(-1), torch.zeros(len(logits), device=logits.device)
-    z = logits.double() / temperature  # (n, V)
-    z -= z.amax(-1, keepdim=True)
-    cdf = z.exp().cumsum(-1)  # (n, V), up to its sum
+    z = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    z -= z.amax(-1, keepdim=True)  # (n, V)
+    # The sum of 150,000 probabilities needs float64, each of them does not.
+    cdf = z.exp().cumsum(-1, dtype=torch.float64)  # (n, V), up to its sum
     # Scaling the draw by the sum, and not the table, saves a pass over it and keeps the
     # last token reachable; `right` skips tokens of probability 0.
     total = cdf[:, -1:]
@@ -122,7 +123,7 @@ def rollout(
     alive = torch.arange(rows, device=model.device)
     for t in range(room):
         hidden = model(last[:, None], cache)[:, -1]  # (n, D)
-        last, chosen = pick(hidden @ unembed.T, temperature, uniforms[alive.cpu(), t])
+        last, chosen = pick(linear(hidden, unembed), temperature, uniforms[alive.cpu(), t])
         tokens[alive, t], logp[alive, t] = last, chosen
         stop = torch.isin(last, stops)
         if stop.any():

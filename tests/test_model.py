@@ -20,6 +20,7 @@ import huggingface_hub
 import pytest
 import safetensors.torch
 import torch
+import torch.nn.functional as F
 from conftest import SYSTEM, VARIANTS
 from torch import Tensor
 
@@ -347,6 +348,31 @@ def test_rotary_positions_are_complex_rotations(checkpoint, variant):
         # Angles are fp32, as in every implementation: 91 rad · 2^-24 is 5e-6.
         assert (turned[..., i] - z.real).abs().max() < 3e-5
         assert (turned[..., i + half] - z.imag).abs().max() < 3e-5
+
+
+@pytest.mark.parametrize("rows", [(0,), (1,), (3,), (2, 40)])
+@pytest.mark.parametrize("out, width", [(1024, 1100), (1100, 1024)])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_large_frozen_weights_give_what_pytorch_gives(rows, out, width, with_bias):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(*rows, width, generator=generator, requires_grad=True)
+    weight = torch.randn(out, width, generator=generator)
+    bias = torch.randn(out, generator=generator) if with_bias else None
+    y = qwen.linear(x, weight, bias)
+    assert "_FrozenLinear" in type(y.grad_fn).__name__  # not the way of small weights
+    exact = F.linear(x.detach().double(), weight.double(),
+                     None if bias is None else bias.double())
+    torch.testing.assert_close(y.double(), exact, rtol=0, atol=5e-4)
+    towards = torch.randn(*rows, out, generator=generator)
+    y.backward(towards)
+    torch.testing.assert_close(x.grad.double(), towards.double() @ weight.double(),
+                               rtol=0, atol=5e-4)
+
+
+def test_a_large_weight_that_is_trained_gets_its_gradient():
+    weight = torch.randn(1024, 1024, requires_grad=True)
+    qwen.linear(torch.ones(2, 1024), weight).sum().backward()
+    assert (weight.grad == 2).all()
 
 
 def test_rms_norm_is_its_definition():
