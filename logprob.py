@@ -25,8 +25,8 @@ from torch import Tensor
 
 from model import linear
 
-# Rows of logits held at a time: 32 MB of fp32, which stay in the cache between the steps
-# of the softmax. Twice as much costs a third more time.
+# Rows of logits held at a time: 32 MB of fp32, which stay in a cache between the steps
+# of the softmax.
 CHUNK_NUMBERS = 8_000_000
 
 

@@ -21,7 +21,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from model import Qwen, base_parameters, fingerprint, open_shard
+from model import Qwen, all_finite, base_parameters, fingerprint, open_shard
 from run import (
     UserError,
     read_json,
@@ -245,10 +245,10 @@ def _fill(model: Qwen, name: str, tensors: dict[str, Tensor], path: Path) -> Non
         want = expected[key].shape
         require(weight.shape == want, f"{path}: {key} has shape {list(weight.shape)}, "
                 f"this base asks for {list(want)}")
-        require(bool(weight.isfinite().all()),
-                f"{path}: {key} holds values that are not finite")
         with torch.no_grad():
             expected[key].copy_(weight)
+        require(all_finite(expected[key].detach()),
+                f"{path}: {key} holds values that are not finite")
 
 
 @torch.no_grad()

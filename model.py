@@ -21,6 +21,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -773,6 +774,11 @@ def check_memory(config: Config, device: torch.device, dtype: torch.dtype,
             "GB free; use a smaller size, bfloat16 or a larger machine")
 
 
+def all_finite(weight: Tensor) -> bool:
+    """Neither infinities nor NaN: both come through to the smallest or the largest."""
+    return not weight.numel() or all(math.isfinite(end) for end in weight.aminmax())
+
+
 def fill(model: Qwen, shards: dict[str, Path], device: torch.device,
          dtype: torch.dtype) -> None:
     """Put every tensor of the shards into its place; names and shapes must match."""
@@ -793,9 +799,9 @@ def fill(model: Qwen, shards: dict[str, Path], device: torch.device,
                 require(list(want) == have, f"{path}: {name} has shape {have}, "
                         f"config.json asks for {list(want)}")
                 weight = shard.get_tensor(name)
-                require(bool(weight.isfinite().all()),
-                        f"{path}: {name} holds values that are not finite")
                 # The copy unties the weight from the memory-mapped file.
                 weight = weight.to(device, dtype, copy=True)
+                require(all_finite(weight), f"{path}: {name} holds values that are "
+                        "not finite")
                 owner, _, leaf = name.rpartition(".")
                 setattr(model.get_submodule(owner), leaf, nn.Parameter(weight, False))

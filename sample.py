@@ -123,7 +123,8 @@ def rollout(
     alive = torch.arange(rows, device=model.device)
     for t in range(room):
         hidden = model(last[:, None], cache)[:, -1]  # (n, D)
-        last, chosen = pick(linear(hidden, unembed), temperature, uniforms[alive.cpu(), t])
+        logits = linear(hidden, unembed)  # (n, V)
+        last, chosen = pick(logits, temperature, uniforms[alive.cpu(), t])
         tokens[alive, t], logp[alive, t] = last, chosen
         stop = torch.isin(last, stops)
         if stop.any():

@@ -81,12 +81,19 @@ def all_rows(model: str) -> list[Row]:
                  {"case": "block", "rows": 16, "tokens": 128, "steps": 10}),
              Row("loading", ("ours", "from_pretrained"),
                  {"case": "loading", "model": model})]
-    # What costs how much: one of the four sizes doubles, the others stay.
+    # What costs how much: one size grows, the others stay.
     base = {"prompts": 1, "prompt_tokens": 64, "group": 4, "response": 16}
-    for key, values in (("prompts", (1, 2, 4)), ("prompt_tokens", (64, 256, 512)),
-                        ("group", (4, 8, 16)), ("response", (16, 32, 64))):
-        rows += [Row(f"growth, {key.replace('_', ' ')} = {value}", ("ours",),
-                     grpo(**(base | {key: value}), steps=1)) for value in values]
+    large = {"prompt_tokens": (64, 256, 512)}
+    for title, sizes, others in (
+            ("prompts", {"prompts": (1, 2, 4)}, {}),
+            ("prompt tokens", large, {}),
+            ("prompt tokens, G = 16", large, {"group": 16}),
+            ("responses a prompt (G)", {"group": (4, 8, 16)}, {}),
+            ("response tokens", {"response": (16, 32, 64)}, {})):
+        [(key, values)] = sizes.items()
+        rows += [Row(f"growth, {title} = {value}", ("ours",),
+                     grpo(**(base | others | {key: value}), steps=1))
+                 for value in values]
     return rows
 
 
@@ -167,13 +174,47 @@ def phases(results: dict[str, dict]) -> list[str]:
 
 
 def growth(results: dict[str, dict]) -> list[str]:
-    """Seconds and memory as one size doubles."""
-    lines = ["| | seconds | peak GB |", "|---|---|---|"]
+    """Seconds and memory as one size grows."""
+    lines = ["| | seconds (low to high) | peak GB |", "|---|---|---|"]
     for name, sides in results.items():
         r = sides["ours"]
-        lines.append(f"| {name.removeprefix('growth, ')} | {r['seconds']:.2f} | "
-                     f"{r['peak_gb']:.2f} |")
+        lines.append(f"| {name.removeprefix('growth, ')} | {r['seconds']:.2f} "
+                     f"({r['low']:.2f} to {r['high']:.2f}) | {r['peak_gb']:.2f} |")
     return lines
+
+
+def series(results: dict[str, dict]) -> dict[str, list[tuple[int, dict]]]:
+    """Growth rows by what grows: its values, each with its figures."""
+    found: dict[str, list] = {}
+    for name, sides in results.items():
+        title, _, value = name.removeprefix("growth, ").rpartition(" = ")
+        found.setdefault(title, []).append((int(value), sides["ours"]))
+    return found
+
+
+def draw(results: dict[str, dict], path: Path) -> None:
+    """Seconds against what grows, both relative to the first; and memory."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (seconds, memory) = pyplot.subplots(1, 2, figsize=(10, 3.8))
+    for title, points in series(results).items():
+        first, start = points[0]
+        times = [value / first for value, _ in points]
+        seconds.plot(times, [r["seconds"] / start["seconds"] for _, r in points],
+                     marker="o", label=title)
+        memory.plot(times, [r["peak_gb"] for _, r in points], marker="o", label=title)
+    seconds.plot([1, 8], [1, 8], color="grey", linestyle=":", label="linear")
+    seconds.set_title("seconds of a step, relative to the first", fontsize=10)
+    memory.set_title("peak memory, GB", fontsize=10)
+    for place in (seconds, memory):
+        place.set_xlabel("size, relative to the first")
+    seconds.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
 
 
 def tables(report: dict) -> str:
@@ -226,6 +267,9 @@ def main(argv: list[str] | None = None) -> None:
                 side: summarise(runs) for side, runs in found.items()}
             write_json(s.out, report)  # two hours of rows must not hang on the last
     write_whole(s.out.with_suffix(".md"), tables(report))
+    grown = {n: r for n, r in report["rows"].items() if n.startswith("growth")}
+    if grown:
+        draw(grown, s.out.parent / "growth.png")
     print(tables(report))
 
 

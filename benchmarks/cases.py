@@ -12,6 +12,7 @@ measured. The first round of everything warms up and is not counted.
 
 import contextlib
 import json
+import math
 import random
 import sys
 import tempfile
@@ -22,6 +23,8 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from model import linear
+
 RANK, BETA, LR = 16, 0.04, 1e-5
 
 # ---------------------------------------------------------------------- the machine
@@ -30,28 +33,26 @@ RANK, BETA, LR = 16, 0.04, 1e-5
 def gemm_speed(seconds: float = 1.0) -> float:
     """FLOP/s of a large fp32 matrix product: what this machine can do right now."""
     a, b = torch.randn(2, 2048, 2048)
-    a @ b
-    rounds, started = 0, time.perf_counter()
-    while time.perf_counter() - started < seconds:
-        a @ b
-        rounds += 1
-    return rounds * 2 * 2048 ** 3 / (time.perf_counter() - started)
+    return 2 * 2048 ** 3 * best_rate([lambda: a @ b, lambda: linear(a, b)], seconds)
 
 
 def product_bandwidth(weight: torch.Tensor, rows: int, seconds: float = 1.0) -> float:
-    """Bytes of `weight` (V, D) read a second by its product with a few rows.
+    """Bytes of `weight` (V, D) read a second by its product with a few rows."""
+    x = torch.randn(rows, weight.shape[1], dtype=weight.dtype)
+    ways = [lambda: x @ weight.T, lambda: weight @ x.T, lambda: linear(x, weight)]
+    return weight.numel() * weight.element_size() * best_rate(ways, seconds)
 
-    Of the two orders that give the same product, the faster one.
-    """
-    x, best = torch.randn(rows, weight.shape[1], dtype=weight.dtype), 0.0
-    for product in (lambda: x @ weight.T, lambda: weight @ x.T):
-        product()
+
+def best_rate(ways: list[Callable[[], object]], seconds: float) -> float:
+    """Calls a second of the fastest of several ways to the same product."""
+    best = 0.0
+    for way in ways:
+        way()
         rounds, started = 0, time.perf_counter()
-        while time.perf_counter() - started < seconds / 2:
-            product()
+        while time.perf_counter() - started < seconds / len(ways):
+            way()
             rounds += 1
-        size = weight.numel() * weight.element_size()
-        best = max(best, rounds * size / (time.perf_counter() - started))
+        best = max(best, rounds / (time.perf_counter() - started))
     return best
 
 
@@ -134,16 +135,21 @@ def count_flops(run, chosen: list) -> dict[str, float]:
     import grpo
     import lora
 
-    found = {}
+    def counter() -> FlopCounterMode:
+        def onednn(x: list, weight: list, *_: object, **__: object) -> int:
+            return 2 * math.prod(x) * weight[0]
+
+        return FlopCounterMode(display=False, custom_mapping={
+            torch.ops.mkldnn._linear_pointwise: onednn})
+
     batch = grpo.score_batch(run, chosen, grpo.sample_batch(run, chosen, 99))
-    with FlopCounterMode(display=False) as counter:
+    with counter() as counted:
         reference = grpo.reference_hidden(run, batch, range(len(chosen)))
-    found["reference"] = counter.get_total_flops()
-    with FlopCounterMode(display=False) as counter, lora.using(run.model, "policy"):
+    found = {"reference": counted.get_total_flops()}
+    with counter() as counted, lora.using(run.model, "policy"):
         for p in range(len(chosen)):
             grpo.train_group(run, batch, p, reference[p], None)
-    found["training"] = counter.get_total_flops()
-    return found
+    return found | {"training": counted.get_total_flops()}
 
 
 def trl_step(model: str, prompts: int, prompt_tokens: int, group_size: int,

@@ -351,7 +351,7 @@ def test_rotary_positions_are_complex_rotations(checkpoint, variant):
 
 
 @pytest.mark.parametrize("rows", [(0,), (1,), (3,), (2, 40)])
-@pytest.mark.parametrize("out, width", [(1024, 1100), (1100, 1024)])
+@pytest.mark.parametrize(("out", "width"), [(1024, 1100), (1100, 1024)])
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_large_frozen_weights_give_what_pytorch_gives(rows, out, width, with_bias):
     generator = torch.Generator().manual_seed(0)
