@@ -1157,7 +1157,7 @@ def report(run: Run, held_out: list[Prompt], before: tuple, after: tuple) -> Non
                       f"{after[0][who][axis] - old:+.3f}"]
                      for axis, old in before[0][who].items()]
     print(f"\n{len(held_out)} held-out prompts, mean score before and after")
-    print(format_table(["judge and axis", "before", "after", "change"], rows))
+    print(format_table(["scored by, axis", "before", "after", "change"], rows))
     how = "at most" if "kl_is_a_bound" in after[0] else "exactly"
     print(f"KL to the base: {how} {after[0]['kl']:.3f} nats a token; under the base, "
           f"perplexity {before[0]['base_perplexity']:.2f} → "

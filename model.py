@@ -175,26 +175,28 @@ def _quotient(raw: dict, over: str, under: str, path: Path) -> int:
 # ---------------------------------------------------------------------------- layers
 
 
-# Weights of so many numbers are read from memory and not from the cache.
+# For smaller weights oneDNN's own preparations cost more than it saves.
 LARGE = 1 << 20
+HAS_BOTH = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """y = x Wᵀ + b: x (..., in), weight (out, in), bias (out,) → (..., out).
 
-    PyTorch brings two libraries for products on a CPU. `F.linear` asks MKL in fp32;
-    oneDNN reads large frozen weights up to 3 times faster for the few rows of a
-    decoding step, and is never slower there. For small ones it costs more than it
-    gives.
+    On x86, PyTorch brings two libraries for products. `F.linear` asks MKL in fp32; for
+    large frozen weights oneDNN was up to 3 times faster with the few rows of a decoding
+    step, and never slower (`python -m benchmarks`).
     """
+    trained = weight.requires_grad or (bias is not None and bias.requires_grad)
     if (x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu"
-            and weight.numel() >= LARGE and not weight.requires_grad
-            and torch.backends.mkldnn.is_available()):
+            and weight.numel() >= LARGE and not trained and HAS_BOTH):
         return _FrozenLinear.apply(x, weight, bias)
     return F.linear(x, weight, bias)
 
 
 class _FrozenLinear(torch.autograd.Function):
+    """y = x Wᵀ + b through oneDNN, and dx = dy W; W and b get no gradient."""
+
     @staticmethod
     def forward(ctx, x, weight, bias):
         ctx.save_for_backward(weight)
@@ -802,6 +804,6 @@ def fill(model: Qwen, shards: dict[str, Path], device: torch.device,
                 # The copy unties the weight from the memory-mapped file.
                 weight = weight.to(device, dtype, copy=True)
                 require(all_finite(weight), f"{path}: {name} holds values that are "
-                        "not finite")
+                        f"not finite in {str(dtype).removeprefix('torch.')}")
                 owner, _, leaf = name.rpartition(".")
                 setattr(model.get_submodule(owner), leaf, nn.Parameter(weight, False))

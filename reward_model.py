@@ -14,7 +14,7 @@ and a head that reads their output over the response, at its last token and on a
 (The upper layers turn towards the next token; what a text is like is easier to read in
 the middle: on a real Qwen compare `--epochs 0 --depth 0.6` with `--depth 1`.)
 
-[E1]   s_k = sigmoid(w_k · z + b_k)      z = [h_last, h_mean], standardised
+[E1]   s_k = sigmoid(u_k · z + b_k)      z = [h_last, h_mean], standardised
        L   = − mean over labelled (row, axis) of y log s_k + (1 − y) log (1 − s_k)
 
 It scores the ids that were sampled, never re-encoded text: the same text may have many
@@ -128,7 +128,7 @@ class RewardModel:
                 prefix: Cache) -> Tensor:
         """Logits (n, K) of the scores; arguments as of `features`."""
         z = (self.features(prompt, responses, prefix) - self.center) / self.spread
-        # s_k = sigmoid(w_k · z + b_k)
+        # s_k = sigmoid(u_k · z + b_k)
         return self.head(z)
 
     @torch.no_grad()

@@ -36,8 +36,8 @@ def gemm_speed(seconds: float = 1.0) -> float:
     return 2 * 2048 ** 3 * best_rate([lambda: a @ b, lambda: linear(a, b)], seconds)
 
 
-def product_bandwidth(weight: torch.Tensor, rows: int, seconds: float = 1.0) -> float:
-    """Bytes of `weight` (V, D) read a second by its product with a few rows."""
+def product_rate(weight: torch.Tensor, rows: int, seconds: float = 1.0) -> float:
+    """Bytes of `weight` (V, D) read a second by its product with so many rows."""
     x = torch.randn(rows, weight.shape[1], dtype=weight.dtype)
     ways = [lambda: x @ weight.T, lambda: weight @ x.T, lambda: linear(x, weight)]
     return weight.numel() * weight.element_size() * best_rate(ways, seconds)
@@ -86,7 +86,8 @@ def step(side: str, **case: object) -> dict:
     """Seconds of a whole GRPO step, by phase, and the largest memory."""
     if side == "ours":
         return our_step(**case)
-    return trl_step(**case, tuned=side == "trl, tuned")
+    return trl_step(**case, compact="compact" in side,
+                    checkpointing="no checkpointing" not in side)
 
 
 def our_step(model: str, prompts: int, prompt_tokens: int, group_size: int,
@@ -153,12 +154,13 @@ def count_flops(run, chosen: list) -> dict[str, float]:
 
 
 def trl_step(model: str, prompts: int, prompt_tokens: int, group_size: int,
-             response_tokens: int, steps: int, tuned: bool) -> dict:
-    """TRL's GRPOTrainer with its own defaults for everything that is not named.
+             response_tokens: int, steps: int, compact: bool,
+             checkpointing: bool) -> dict:
+    """TRL's GRPOTrainer in fp32, its own defaults for everything that is not named.
 
     Args:
-        tuned: without gradient checkpointing, which pays time for memory, and with the
-            head's product on response tokens only, which TRL does on GPUs alone.
+        compact: the head's product on response tokens only, as TRL does it on GPUs.
+        checkpointing: TRL's default, which pays time for memory.
     """
     import datasets
     import peft
@@ -168,7 +170,7 @@ def trl_step(model: str, prompts: int, prompt_tokens: int, group_size: int,
 
     from lora import PROJECTIONS
 
-    if tuned:  # there it only chooses positions; the kernels have their own switch
+    if compact:  # there it only chooses positions; the kernels have their own switch
         trl.trainer.utils._use_triton = lambda _device: True
 
     transformers.logging.set_verbosity_error()
@@ -187,23 +189,29 @@ def trl_step(model: str, prompts: int, prompt_tokens: int, group_size: int,
             if len(times) == 1:
                 forget_peak()
 
+    def rewards(completion_ids: list, **_: object) -> list[float]:
+        assert all(len(row) == response_tokens for row in completion_ids)
+        return [chance.random() for _ in completion_ids]
+
     with tempfile.TemporaryDirectory() as folder:
         trainer = trl.GRPOTrainer(
             model=transformers.AutoModelForCausalLM.from_pretrained(
                 model, dtype=torch.float32),
-            reward_funcs=lambda completions, **_: [chance.random()
-                                                   for _ in completions],
+            reward_funcs=rewards,
             args=trl.GRPOConfig(
                 folder, per_device_train_batch_size=prompts * group_size,
                 num_generations=group_size, max_completion_length=response_tokens,
                 max_steps=steps + 1, beta=BETA, learning_rate=LR, loss_type="grpo",
-                gradient_checkpointing=not tuned, use_cpu=True, bf16=False,
+                gradient_checkpointing=checkpointing, use_cpu=True, bf16=False,
                 report_to="none", save_strategy="no", logging_strategy="no",
-                disable_tqdm=True,
-                generation_kwargs={"min_new_tokens": response_tokens}),
+                disable_tqdm=True),
             train_dataset=rows, processing_class=tokenizer, callbacks=[Watch()],
             peft_config=peft.LoraConfig(r=RANK, lora_alpha=2 * RANK,
                                         target_modules=list(PROJECTIONS)))
+        # Nothing ends early.
+        trainer.generation_config.eos_token_id = None
+        trainer.model.generation_config.eos_token_id = None
+        trainer.eos_token_ids = [-1]
         scoring: list[float] = []
         for name, found in (("_generate", sampling),
                             ("_generate_and_score_completions", scoring)):
@@ -233,7 +241,10 @@ def timed(function: Callable, found: list[float]) -> Callable:
 
 def sampled(side: str, model: str, rows: int, prompt_tokens: int, response_tokens: int,
             steps: int) -> dict:
-    """Seconds of `rows` responses to one prompt: ours against `generate`."""
+    """Seconds of `rows` responses to one prompt: ours against `generate`.
+
+    `generate` computes the prompt for each row, unless it is handed a cache.
+    """
     if side == "ours":
         from model import load
         from sample import draw_uniforms, rollout
@@ -247,11 +258,11 @@ def sampled(side: str, model: str, rows: int, prompt_tokens: int, response_token
             rollout(base, tokenizer, [ids], uniforms)
 
         size = sum(p.numel() * p.element_size() for p in base.parameters())
-        speed = product_bandwidth(base.unembed.detach(), rows)
+        speed = product_rate(base.unembed.detach(), rows)
         rounds = timed_rounds(one, steps)
         peak = resident("VmHWM")
-        speeds = [speed, product_bandwidth(base.unembed.detach(), rows)]
-        return {"rounds": rounds, "peak_gb": peak, "bandwidth": speeds,
+        speeds = [speed, product_rate(base.unembed.detach(), rows)]
+        return {"rounds": rounds, "peak_gb": peak, "product_rate": speeds,
                 "bytes": size * response_tokens, "tokens": rows * response_tokens}
     import transformers
 
@@ -260,9 +271,15 @@ def sampled(side: str, model: str, rows: int, prompt_tokens: int, response_token
     ids = torch.tensor([tokenizer.encode(text_of(tokenizer, prompt_tokens))] * rows)
 
     def one() -> None:
+        cache = None
+        if "shared" in side:
+            cache = transformers.DynamicCache(config=base.config)
+            with torch.no_grad():
+                base.model(ids[:1, :-1], past_key_values=cache)
+            cache.batch_repeat_interleave(rows)
         base.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True,
                       temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0,
-                      max_new_tokens=response_tokens)
+                      max_new_tokens=response_tokens, past_key_values=cache)
 
     base.generation_config.eos_token_id = None  # nothing ends early
 

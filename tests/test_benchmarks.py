@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 
 import benchmarks.__main__ as program
+import model
+import run
 from benchmarks import cases
 from model import TINY
 
@@ -29,6 +31,11 @@ SMALL = {
 }
 
 
+linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(),
+                           reason="memory is measured on Linux only")
+
+
+@linux
 @pytest.mark.parametrize("name", SMALL)
 def test_every_case_measures_our_side(name):
     found = cases.CASES[name]("ours", **SMALL[name])
@@ -44,7 +51,8 @@ def test_every_case_measures_our_side(name):
 @pytest.mark.slow
 @pytest.mark.peer
 @pytest.mark.parametrize(("name", "side"), [
-    ("step", "trl"), ("step", "trl, tuned"), ("sampled", "generate"),
+    ("step", "trl"), ("step", "trl, compact head, no checkpointing"),
+    ("sampled", "generate"), ("sampled", "generate, shared prompt"),
     ("logprobs", "naive"), ("logprobs", "trl selective"), ("logprobs", "trl chunked"),
     ("block", "peft"), ("loading", "from_pretrained")])
 def test_every_case_measures_the_peers(name, side):
@@ -61,7 +69,7 @@ def test_figures_are_medians_of_all_rounds_and_shares_of_the_machine():
         return {"rounds": [{"all": first, "training": first / 2},
                            {"all": second, "training": second / 2}],
                 "peak_gb": first, "tokens": 30, "gemm": [80.0, 120.0],
-                "flops": {"training": 25.0}, "bandwidth": [5.0, 15.0], "bytes": 10.0}
+                "flops": {"training": 25.0}, "product_rate": [5.0, 15.0], "bytes": 10.0}
 
     found = program.summarise([process(1.0, 2.0), process(3.0, 10.0)])
     assert (found["seconds"], found["low"], found["high"]) == (2.5, 1.0, 10.0)
@@ -71,7 +79,7 @@ def test_figures_are_medians_of_all_rounds_and_shares_of_the_machine():
     # 25 FLOP in 0.75 s and in 3.25 s, at 100 FLOP/s; 10 bytes at 10 bytes/s.
     assert found["share_of_gemm"]["training"] == pytest.approx(
         (25 / 0.75 + 25 / 3.25) / 2 / 100)
-    assert found["share_of_bandwidth"] == pytest.approx((1 / 1.5 + 1 / 6.5) / 2)
+    assert found["share_of_product"] == pytest.approx((1 / 1.5 + 1 / 6.5) / 2)
 
 
 def test_a_ratio_is_the_other_sides_seconds_over_ours():
@@ -80,6 +88,45 @@ def test_a_ratio_is_the_other_sides_seconds_over_ours():
                                       "trl": side | {"seconds": 5.0}}})
     assert "| row | ours | 2.00 (1.00 to 3.00) |  |" in lines[2]
     assert "| row | trl | 5.00 (1.00 to 3.00) | 2.50 × |" in lines[3]
+
+
+@linux
+def test_flops_are_the_same_whichever_library_multiplies(monkeypatch):
+    counts = []
+    for large in (1, 1 << 60):
+        monkeypatch.setattr(model, "LARGE", large)
+        counts.append(cases.our_step(**STEP | {"steps": 1})["flops"])
+    assert counts[0] == counts[1]
+
+
+def test_growth_rows_are_drawn_by_what_grows(tmp_path):
+    side = {"low": 1.0, "high": 3.0}
+    rows = {f"growth, prompt tokens, G = 16 = {n}": {"ours": side | {
+        "seconds": n / 4, "peak_gb": 2.0}} for n in (64, 256)}
+    rows["growth, prompts = 1"] = rows["growth, prompt tokens, G = 16 = 64"]
+    found = program.series(rows)
+    assert [n for n, _ in found["prompt tokens, G = 16"]] == [64, 256]
+    assert [r["seconds"] for _, r in found["prompts"]] == [16]
+    assert "| prompts = 1 | 16.00 (1.00 to 3.00) | 2.00 |" in program.growth(rows)
+    pytest.importorskip("matplotlib")
+    program.draw(rows, tmp_path / "growth.png")
+    assert (tmp_path / "growth.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_names_of_rows_differ_and_end_in_what_grows():
+    rows = program.all_rows("DIR")
+    assert len({row.name for row in rows}) == len(rows)
+    for row in rows:
+        if row.name.startswith("growth"):
+            assert int(row.name.split(" = ")[-1]) in row.case.values()
+
+
+def test_a_part_measured_again_keeps_the_other_rows(tmp_path):
+    report = {"date": "1", "machine": "m", "versions": {"torch": "2"}, "rows": {}}
+    run.write_json(tmp_path / "r.json", report | {"rows": {"step": {}}, "date": "0"})
+    assert program.earlier_rows(tmp_path / "r.json", report) == {"step": {}}
+    with pytest.raises(run.UserError, match="another machine"):
+        program.earlier_rows(tmp_path / "r.json", report | {"machine": "n"})
 
 
 def test_a_folder_without_a_model_is_refused_in_one_line(tmp_path):

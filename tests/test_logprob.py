@@ -230,6 +230,21 @@ def test_no_more_than_a_chunk_of_logits_exists(chunk):
     assert reference.numbers == rows * V  # the counter does see logits
 
 
+def test_fp32_figures_over_a_wide_vocabulary():
+    generator = torch.Generator().manual_seed(0)
+    hidden, other = torch.randn(2, 8, 64, generator=generator)
+    unembed = torch.randn(20_000, 64, generator=generator) / 4
+    targets = torch.randint(20_000, (8,), generator=generator)
+    policy, reference = (Categorical(logits=x.double() @ unembed.double().T)
+                         for x in (hidden, other))
+    logp, h, kl, logp_ref = token_statistics(hidden, unembed, targets, entropy=True,
+                                             reference=other)
+    assert error(logp, policy.log_prob(targets)) < 1e-6
+    assert error(h, policy.entropy()) < 1e-6
+    assert error(kl, kl_divergence(policy, reference)) < 1e-5
+    assert error(logp_ref, reference.log_prob(targets)) < 1e-6
+
+
 def on_gpu(dtype=torch.bfloat16):
     """What the choice of a backend looks at in a tensor."""
     return SimpleNamespace(is_cuda=True, dtype=dtype, device="cuda:0")

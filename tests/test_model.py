@@ -12,6 +12,7 @@
 import cmath
 import itertools
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -359,7 +360,8 @@ def test_large_frozen_weights_give_what_pytorch_gives(rows, out, width, with_bia
     weight = torch.randn(out, width, generator=generator)
     bias = torch.randn(out, generator=generator) if with_bias else None
     y = qwen.linear(x, weight, bias)
-    assert "_FrozenLinear" in type(y.grad_fn).__name__  # not the way of small weights
+    # Not the way of small weights, where PyTorch has both libraries.
+    assert ("_FrozenLinear" in type(y.grad_fn).__name__) == qwen.HAS_BOTH
     exact = F.linear(x.detach().double(), weight.double(),
                      None if bias is None else bias.double())
     torch.testing.assert_close(y.double(), exact, rtol=0, atol=5e-4)
@@ -369,10 +371,24 @@ def test_large_frozen_weights_give_what_pytorch_gives(rows, out, width, with_bia
                                rtol=0, atol=5e-4)
 
 
-def test_a_large_weight_that_is_trained_gets_its_gradient():
+def test_a_large_layer_that_is_trained_gets_its_gradient():
     weight = torch.randn(1024, 1024, requires_grad=True)
     qwen.linear(torch.ones(2, 1024), weight).sum().backward()
     assert (weight.grad == 2).all()
+    bias = torch.zeros(1024, requires_grad=True)
+    qwen.linear(torch.ones(2, 1024), weight.detach(), bias).sum().backward()
+    assert (bias.grad == 2).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("place", [None, 0, 500, 999])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_value_that_is_not_finite_is_found_wherever_it_stands(dtype, place, value):
+    weight = torch.linspace(-3e4, 3e4, 1000).to(dtype)
+    if place is not None:
+        weight[place] = value
+    assert qwen.all_finite(weight) == (place is None)
+    assert qwen.all_finite(weight[:0])
 
 
 def test_rms_norm_is_its_definition():
