@@ -10,8 +10,9 @@ PPO   (InstructGPT, arXiv 2203.02155; PPO, arXiv 1707.06347)
       A critic V, the fourth role of the base, says what each token may still earn. The
       KL to the base is part of the reward, token by token. β is fixed, a pass over a
       step is one update, and no pretraining text is mixed in.
-[P1]  r_t = −β (log π_old − log ref)_t, and R more at the response's last token
+[P1]  r_t = −β (log π_old − log ref)_t + R · 1[t is the last token]
 [P2]  δ_t = r_t + γ V_{t+1} − V_t       A_t = Σ_l (γλ)^l δ_{t+l}     (arXiv 1506.02438)
+      Ret_t = A_t + V_t: what V should have said; V_old: V before the first update
 [P3]  J = mean_t min(ρ A, clip(ρ, 1 ± ε) A)
 [P4]  L_V = ½ mean_t max((V − Ret)², (V_old + clip(V − V_old, ± ε) − Ret)²)
 
@@ -80,7 +81,7 @@ from run import (
 def token_rewards(reward: Tensor, logp_old: Tensor, logp_ref: Tensor, mask: Tensor,
                   beta: float) -> Tensor:
     """Rewards (B, C) of single tokens from R (B,) of whole responses."""
-    # [P1] r_t = −β (log π_old − log ref)_t, and R more at the response's last token
+    # [P1] r_t = −β (log π_old − log ref)_t + R · 1[t is the last token]
     rewards = torch.where(mask, -beta * (logp_old - logp_ref), 0.0)  # (B, C)
     last = mask.sum(1) - 1  # (B,)
     return rewards.scatter_add(1, last[:, None], reward[:, None].to(rewards))
@@ -93,10 +94,10 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float,
     Args:
         rewards, values, mask: (B, C); V_t is what the critic says before token t.
         gamma: γ, the discount of what is earned a token later.
-        lam: λ; at 1 the advantage is the return less V, at 0 one step ahead by V.
+        lam: λ; at 1, A_t is all that is still earned, less V_t; at 0, A_t = δ_t.
 
     Returns:
-        advantage and return (B, C), 0 where mask is False.
+        advantage and return A_t + V_t, (B, C), 0 where mask is False.
     """
     # [P2] δ_t = r_t + γ V_{t+1} − V_t       A_t = Σ_l (γλ)^l δ_{t+l}
     values = torch.where(mask, values, 0.0)  # after the last token nothing is earned
@@ -112,7 +113,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float,
 def whiten(advantage: Tensor, mask: Tensor) -> Tensor:
     """Mean 0 and std 1 over the step's tokens: (B, C) → (B, C).
 
-    Else the size of R would set the size of a step.
+    Every step then weighs alike in AdamW's moments, whatever the spread of its rewards.
     """
     chosen = advantage[mask]
     return torch.where(
@@ -193,7 +194,7 @@ def look_back(run: Run, critic: Critic, batch: Batch, beta: float, gamma: float,
             table[place, :found.shape[1]] = found.to(table)
     rewards = token_rewards(batch.reward.to(logp), logp, logp_ref, mask, beta)
     advantage, returns = gae(rewards, values, mask, gamma, lam)
-    left, whole = (returns - values)[mask].var(), returns[mask].var()
+    left, whole = (x[mask].var(correction=0) for x in (returns - values, returns))
     # An explained variance that stays at 0 says that the critic has learnt nothing.
     metrics = {"kl_estimate": (logp - logp_ref)[mask].mean().item(),
                "explained_variance": 1 - (left / whole.clamp(min=1e-12)).item()}
@@ -570,6 +571,8 @@ def run_all(programs: dict[str, list[str]], seeds: list[int],
         out = folder / f"{name.replace(' ', '-').lower()}-{seed}"
         words = [*programs[name], "--seed", str(seed), "--out", str(out)]
         said = folder / f"{out.name}.json"
+        require(said.is_file() or not out.exists(), f"{out} is not from such a "
+                "comparison; choose another --out")
         require(not said.is_file() or read_json(said).get("command") == words,
                 f"{out} is of another command ({said}); choose another --out")
         if not (out / CHECKSUMS).is_file():

@@ -34,7 +34,7 @@ import os
 import random
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -62,6 +62,7 @@ from model import (
     micro_batches,
     pad_rows,
     pick_device,
+    short_name,
 )
 from run import (
     CHECKPOINT,
@@ -116,6 +117,7 @@ def group_advantage(reward: Tensor, min_std: float = 1e-3,
         advantage (P, G) and which groups are alive (P,).
     """
     # [E3] A_g = (R_g − mean_g R) / (std_g R + 1e-4), population std over the group
+    # (TRL has the sample std: its advantages are sqrt((G − 1) / G) of these.)
     # 1e-4 and not 1e-8: where all rewards agree, the numerator is rounding error, and
     # with min_std 0 a tiny denominator would turn it into advantages of ±1.
     mean = reward.mean(1, keepdim=True)  # (P, 1)
@@ -148,8 +150,8 @@ def make_advantage(scores: Tensor, weights: Tensor, kind: str = "group",
 def kl_estimate(logp: Tensor, logp_ref: Tensor, kind: str = "k3") -> Tensor:
     """Estimate KL(π ‖ ref) from sampled tokens: logp, logp_ref (B, C) → (B, C).
 
-    All three have (close to) the right mean; in a loss their *gradients* count, and
-    these differ. On-policy, with δ = log ref − log π and E over π:
+    The mean of k1 and k3 is right, and k2's nearly; in a loss their *gradients* count,
+    and these differ. On-policy, with the samples fixed, δ = log ref − log π, E over π:
 
         k1 = −δ            ∇ → E[∇ log π] = 0: no pull at all, only noise
         k2 = δ²/2          ∇ → E[−δ ∇ log π] = ∇ KL(π ‖ ref)
@@ -401,6 +403,42 @@ class Batch:
     alive: Tensor  # (P,)
 
 
+class Clock:
+    """Seconds by phase: `with clock("sampling"): ...`."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """Count for `phase` until the block ends."""
+        started = time.perf_counter()
+        yield
+        if torch.cuda.is_initialized():  # a GPU may not have begun yet
+            torch.cuda.synchronize()
+        spent = time.perf_counter() - started
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + spent
+
+
+def shuffled(prompts: list[Prompt], seed: int):
+    """Prompts for ever, in a new order each time round."""
+    shuffle = random.Random(seed)
+    while True:
+        order = list(prompts)
+        shuffle.shuffle(order)
+        yield from order
+
+
+def draw_prompts(order, count: int) -> list[Prompt]:
+    """The next prompts, no two the same: a twin would draw the same responses."""
+    chosen: list[Prompt] = []
+    while len(chosen) < count:
+        prompt = next(order)
+        if prompt not in chosen:
+            chosen.append(prompt)
+    return chosen
+
+
 def sample_batch(run: Run, prompts: list[Prompt], step: int) -> Rollout:
     """G responses to each prompt from the policy as it is now."""
     s = run.settings
@@ -434,7 +472,7 @@ def compare(run: Run, prompts: list[Prompt], sampled: Rollout, scores: Tensor) -
 
 
 def sample_and_score(run: Run, prompts: list[Prompt], step: int,
-                     clock: "Clock") -> Batch:
+                     clock: Clock) -> Batch:
     """Responses and scores; with several processes, each makes those of its share."""
     own, batch = parallel.share(prompts), None
     if own:
@@ -479,8 +517,8 @@ def response_hidden(run: Run, prompt: list[int], responses: list[list[int]],
     """Hidden states before every response token: (n, C, D), and mask (n, C).
 
     A row is the prompt's last token and the response without its last one: the state at
-    the prompt's last token predicts the first of the response, and the last state but
-    one predicts the end token, which is trained like any other.
+    the prompt's last token predicts the response's first, and the row's last state
+    predicts the response's last: its end token, which is trained like any other.
 
     Args:
         prefix: keys and values of prompt[:-1], from `Qwen.shared_prefix`.
@@ -521,6 +559,7 @@ def group_rows(run: Run, batch: Batch, p: int) -> list[list[int]]:
     return batch.sampled.responses()[p * size:(p + 1) * size]
 
 
+# What `train_group` adds up over tokens: the exact KL, and what [E5] silenced, too.
 SUMS = ("loss", "tokens", "entropy", "kl", "clipped")
 
 
@@ -545,9 +584,10 @@ def train_group(run: Run, batch: Batch, p: int, reference: Tensor | None,
             ref = None if reference is None else reference[where][mask]  # (N, D)
             targets = torch.tensor([t for r in here for t in r], device=hidden.device)
             stats = token_logs(run, hidden[mask], targets, ref, mask)
-            # On-policy ρ is 1, and its gradient ∇ log π: the plain policy gradient.
-            # Clipping acts from the second inner step on. And the advantages of a group
-            # add up to 0, so the loss's *value* says nothing about progress: watch R.
+            # With one inner step the policy is the one that sampled: ρ is 1, and ∇ρ is
+            # ∇ log π. Clipping acts from the second inner step on.
+            # The advantages of a group add up to 0, so the loss's *value* says nothing
+            # about progress: watch R.
             old = stats["logp"].detach() if logp_old is None else logp_old[where]
             loss, clipped = grpo_loss(
                 stats["logp"], old, stats["logp_ref"], advantage[part], mask,
@@ -587,7 +627,7 @@ def by_row(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def train_batch(run: Run, batch: Batch, optimizer: torch.optim.Optimizer,
-                clock: "Clock") -> dict[str, float]:
+                clock: Clock) -> dict[str, float]:
     """All inner steps on one batch; the metrics are those of the last one."""
     s = run.settings
     # With beta 0 a dead group has no gradient: it is dropped before the forward pass.
@@ -620,34 +660,13 @@ def train_batch(run: Run, batch: Batch, optimizer: torch.optim.Optimizer,
     return metrics | ({"kl": kl / tokens} if s.beta > 0 else {})
 
 
-class Clock:
-    """Seconds by phase: `with clock("sampling"): ...`."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._open: list[tuple[str, float]] = []
-
-    def __call__(self, phase: str) -> "Clock":
-        """Start counting for `phase`; the `with` block ends it."""
-        self._open.append((phase, time.perf_counter()))
-        return self
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_: object) -> None:
-        phase, started = self._open.pop()
-        spent = time.perf_counter() - started
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + spent
-
-
 def describe(run: Run, batch: Batch) -> dict:
     """What the responses of a step were like, for metrics.jsonl."""
     size, sampled = run.settings.group_size, batch.sampled
     rows = sampled.responses()
     groups = [rows[i:i + size] for i in range(0, len(rows), size)]
     distinct = [len({tuple(r) for r in group}) for group in groups]
-    axes = {axis: {"mean": column.mean().item(), "std": column.std().item()}
+    axes = {axis: {"mean": column.mean().item(), "std": column.std(correction=0).item()}
             for axis, column in zip(run.axes, batch.scores.unbind(1), strict=True)}
     gold = {}
     if "gold" in run.judges:  # R by the rubric, which the policy is not paid by
@@ -655,115 +674,15 @@ def describe(run: Run, batch: Batch) -> dict:
                             zip(batch.prompts, groups, strict=True)])
         gold["R_gold"] = combine(scores, run.weights).mean().item()
     return {
-        "R": batch.reward.mean().item(), **gold, "R_std": batch.reward.std().item(),
-        "axes": axes, "advantage_std": batch.advantage.std().item(),
+        "R": batch.reward.mean().item(), **gold,
+        "R_std": batch.reward.std(correction=0).item(), "axes": axes,
+        "advantage_std": batch.advantage.std(correction=0).item(),
         "dead_groups": 1 - batch.alive.float().mean().item(),
         "length": sampled.mask.sum(1).float().mean().item(),
         "cut_off": 1 - sampled.ended.float().mean().item(),
         "distinct": sum(distinct) / len(distinct),
         "tokens": int(sampled.mask.sum()),
     }
-
-
-def train(run: Run, prompts: list[Prompt]) -> bool:
-    """The loop: sample, score, compare, learn; a line of metrics a step.
-
-    Goes on from the folder's checkpoint, if it has one, as if nothing had happened. All
-    randomness comes from (seed, step, prompt): beside weights and moments, the number
-    of the step is the whole state.
-
-    Returns:
-        False when it was asked to stop before the last step; a checkpoint is written.
-    """
-    s, parameters = run.settings, lora.parameters(run.model, "policy")
-    trainable = sum(p.numel() for p in parameters if p.requires_grad)
-    require(trainable > 0, "nothing to train: the adapter has no parameters")
-    optimizer = torch.optim.AdamW(parameters, s.lr, weight_decay=0.0)
-    done = steps_done(run, parameters, optimizer)
-    order, due = shuffled(prompts, s.seed), Due(s.save_every)
-    for _ in range(done):
-        draw_prompts(order, s.prompts_per_step)
-    asked, dead = False, 0
-    metrics_path, samples_path = (run.folder / name for name in LINES)
-    with tqdm(total=s.steps, initial=done, unit="step", **parallel.progress()) as bar, \
-            Stop() as stop, append(metrics_path) as metrics_file, \
-            append(samples_path) as samples_file:
-        for step in range(done + 1, s.steps + 1):
-            # A linear decay: the last steps settle instead of wandering.
-            optimizer.param_groups[0]["lr"] = s.lr * (1 - (step - 1) / s.steps)
-            batch, metrics = train_step(run, draw_prompts(order, s.prompts_per_step),
-                                        step, optimizer)
-            require_movement(run, step, metrics)
-            # A signal may reach one process a step before the others.
-            signals = torch.tensor(float(stop.asked), device=run.model.device)
-            parallel.add_up(signals)
-            asked = bool(signals)
-            if parallel.rank() == 0:
-                append_line(metrics_file, metrics)
-                write_samples(run, batch, step, samples_file)
-                if due(step) or asked or step == s.steps:
-                    # The lines first: a checkpoint must not know more than they do.
-                    for file in (metrics_file, samples_file):
-                        os.fsync(file.fileno())
-                    save_checkpoint(
-                        run.folder / CHECKPOINT, parameters, optimizer,
-                        {"step": step, **{name: file_sha256(run.folder / name)
-                                          for name in (CONFIG, *LINES)}})
-            show(bar, run, metrics)
-            dead = dead + 1 if metrics["dead_groups"] == 1 else 0
-            if dead == DEAD_STEPS:
-                bar.write(f"note: no group had a spread in R for {dead} steps; nothing "
-                          "can be learnt from that: raise --temperature or "
-                          "--group-size, or lower --min-std", sys.stderr)
-            if asked:
-                break
-    return not asked
-
-
-def steps_done(run: Run, parameters: list[Tensor],
-               optimizer: torch.optim.Optimizer) -> int:
-    """Load the folder's checkpoint, if it has one, and cut the files of lines to it."""
-    s, checkpoint, about, done = run.settings, run.folder / CHECKPOINT, {}, 0
-    if checkpoint.is_file():
-        about = load_checkpoint(checkpoint, parameters, optimizer)
-        done = about.get("step")
-        require(type(done) is int and 0 <= done <= s.steps, f"{checkpoint} is of step "
-                f"{done!r}, the run has {s.steps}")
-    if parallel.rank() == 0:
-        rows = s.prompts_per_step * s.group_size
-        for name, count in zip(LINES, (done, done * rows), strict=True):
-            keep_lines(run.folder / name, count, about.get(name))
-    return done
-
-
-def train_step(run: Run, prompts: list[Prompt], step: int,
-               optimizer: torch.optim.Optimizer) -> tuple[Batch, dict]:
-    """One optimisation step; returns its responses and its line of metrics."""
-    clock, started = Clock(), time.perf_counter()
-    batch = sample_and_score(run, prompts, step, clock)
-    metrics = describe(run, batch) | train_batch(run, batch, optimizer, clock)
-    seconds = {f"seconds_{phase}": t for phase, t in clock.seconds.items()}
-    return batch, {"step": step, **metrics,
-                   "seconds": time.perf_counter() - started, **seconds}
-
-
-def shuffled(prompts: list[Prompt], seed: int):
-    """Prompts for ever, in a new order each time round."""
-    shuffle = random.Random(seed)
-    while True:
-        order = list(prompts)
-        shuffle.shuffle(order)
-        yield from order
-
-
-def draw_prompts(order, count: int) -> list[Prompt]:
-    """The next prompts, no two the same: a twin would draw the same responses."""
-    chosen: list[Prompt] = []
-    while len(chosen) < count:
-        prompt = next(order)
-        if prompt not in chosen:
-            chosen.append(prompt)
-    return chosen
 
 
 def require_movement(run: Run, step: int, metrics: dict) -> None:
@@ -798,6 +717,89 @@ def write_samples(run: Run, batch: Batch, step: int, file) -> None:
             "advantage": round(batch.advantage[row].item(), 4)})
 
 
+def steps_done(run: Run, parameters: list[Tensor],
+               optimizer: torch.optim.Optimizer) -> int:
+    """Load the folder's checkpoint, if it has one, and cut the files of lines to it."""
+    s, checkpoint, about, done = run.settings, run.folder / CHECKPOINT, {}, 0
+    if checkpoint.is_file():
+        about = load_checkpoint(checkpoint, parameters, optimizer)
+        done = about.get("step")
+        require(type(done) is int and 0 <= done <= s.steps, f"{checkpoint} is of step "
+                f"{done!r}, the run has {s.steps}")
+    if parallel.rank() == 0:
+        rows = s.prompts_per_step * s.group_size
+        for name, count in zip(LINES, (done, done * rows), strict=True):
+            keep_lines(run.folder / name, count, about.get(name))
+    return done
+
+
+def train_step(run: Run, prompts: list[Prompt], step: int,
+               optimizer: torch.optim.Optimizer) -> tuple[Batch, dict]:
+    """One optimisation step; returns its responses and its line of metrics."""
+    clock, started = Clock(), time.perf_counter()
+    batch = sample_and_score(run, prompts, step, clock)
+    metrics = describe(run, batch) | train_batch(run, batch, optimizer, clock)
+    seconds = {f"seconds_{phase}": t for phase, t in clock.seconds.items()}
+    return batch, {"step": step, **metrics,
+                   "seconds": time.perf_counter() - started, **seconds}
+
+
+def train(run: Run, prompts: list[Prompt]) -> bool:
+    """The loop: sample, score, compare, learn; a line of metrics a step.
+
+    Goes on from the folder's checkpoint, if it has one, as if nothing had happened. All
+    randomness comes from (seed, step, prompt): beside weights and moments, the number
+    of the step is the whole state.
+
+    Returns:
+        False when it was asked to stop before the last step; a checkpoint is written.
+    """
+    s, parameters = run.settings, lora.parameters(run.model, "policy")
+    trainable = sum(p.numel() for p in parameters if p.requires_grad)
+    require(trainable > 0, "nothing to train: the adapter has no parameters")
+    # No weight decay: the KL term alone holds the policy near the base.
+    optimizer = torch.optim.AdamW(parameters, s.lr, weight_decay=0.0)
+    done = steps_done(run, parameters, optimizer)
+    order, due = shuffled(prompts, s.seed), Due(s.save_every)
+    for _ in range(done):
+        draw_prompts(order, s.prompts_per_step)
+    asked, dead = False, 0
+    metrics_path, samples_path = (run.folder / name for name in LINES)
+    with tqdm(total=s.steps, initial=done, unit="step", **parallel.progress()) as bar, \
+            Stop() as stop, append(metrics_path) as metrics_file, \
+            append(samples_path) as samples_file:
+        for step in range(done + 1, s.steps + 1):
+            # A linear decay: the last steps settle instead of wandering.
+            optimizer.param_groups[0]["lr"] = s.lr * (1 - (step - 1) / s.steps)
+            batch, metrics = train_step(run, draw_prompts(order, s.prompts_per_step),
+                                        step, optimizer)
+            require_movement(run, step, metrics)
+            # A signal may reach one process a step before the others.
+            signals = torch.tensor(float(stop.asked), device=run.model.device)
+            parallel.add_up(signals)
+            asked = bool(signals)
+            if parallel.rank() == 0:
+                append_line(metrics_file, metrics)
+                write_samples(run, batch, step, samples_file)
+                if due(step) or asked or step == s.steps:
+                    # The lines first: a checkpoint must not know more than they do.
+                    for file in (metrics_file, samples_file):
+                        os.fsync(file.fileno())
+                    save_checkpoint(
+                        run.folder / CHECKPOINT, parameters, optimizer,
+                        {"step": step, **{name: file_sha256(run.folder / name)
+                                          for name in (CONFIG, *LINES)}})
+            show(bar, run, metrics)
+            dead = dead + 1 if metrics["dead_groups"] == 1 else 0
+            if dead == DEAD_STEPS and parallel.rank() == 0:
+                bar.write(f"note: no group had a spread in R for {dead} steps; nothing "
+                          "can be learnt from that: raise --temperature or "
+                          "--group-size, or lower --min-std", sys.stderr)
+            if asked:
+                break
+    return not asked
+
+
 # ------------------------------------------------------------------------- evaluation
 
 
@@ -806,8 +808,9 @@ def evaluate(run: Run, prompts: list[Prompt], title: str,
              best_of: int = 1) -> tuple[dict, list[str]]:
     """Answer held-out prompts with the policy; mean scores, and the answers.
 
-    Before and after use the same random numbers (step 0 of the table), so that the
-    difference is the training's. At step 0 the adapter is zero and the policy the base.
+    Before and after use the same random numbers (those of step 0, which no training
+    step uses), so that the difference is the training's. Before it the adapter is zero
+    and the policy the base. KL and perplexity are at the sampling temperature.
 
     Args:
         best_of: answer so many times, and keep what the reward likes best.
@@ -882,7 +885,10 @@ def distinct_3_grams(texts: list[str]) -> float:
 
 
 def against_base(run: Run, batch: Batch) -> tuple[float, float]:
-    """Sums over response tokens, in nats: the exact KL(π ‖ ref), and −log ref."""
+    """Sums over response tokens, in nats: the exact KL(π ‖ ref), and −log ref.
+
+    Both at the sampling temperature, as everywhere.
+    """
     groups = parallel.share(range(len(batch.prompts)))
     reference = reference_hidden(run, batch, groups)
     sums = torch.zeros(2, dtype=torch.float64, device=run.model.device)
@@ -976,8 +982,7 @@ def prepare(settings: Settings) -> tuple[Run, list[Prompt], list[Prompt]]:
         scorer = find_reward_model(s, model, tokenizer)
         axes, score = scorer.axes, scoring(scorer, tokenizer)
         if gold:
-            from data import rubric
-            gold = gold if axes == list(rubric.AXES) else None
+            gold = with_axes(gold, axes)
     judges = {"gold": gold} if gold else {}
     if s.judge:
         judge = reward_model.load(model, s.judge, "judge")
@@ -989,6 +994,16 @@ def prepare(settings: Settings) -> tuple[Run, list[Prompt], list[Prompt]]:
     run = Run(s, model, tokenizer, axes, weights, score, judges, s.out,
               identify(s, model))
     return run, prompts, held_out
+
+
+def with_axes(gold: Callable, axes: list[str]) -> Callable | None:
+    """The gold rubric with its axes in another order; None if they are other axes."""
+    from data import rubric
+
+    if set(axes) != set(rubric.AXES):
+        return None
+    order = [rubric.AXES.index(axis) for axis in axes]
+    return lambda prompt, responses: gold(prompt, responses)[:, order]
 
 
 def require_empty(s: Settings, folder: Path) -> None:
@@ -1004,8 +1019,8 @@ def require_empty(s: Settings, folder: Path) -> None:
 def identify(s: Settings, model: Qwen) -> dict[str, str]:
     """SHA-256 of everything that a run reads: it resumes on the same or not at all."""
     found = {"base": fingerprint(model), "prompts": file_sha256(prompts_path(s))}
-    folders = {"reward model": Path(s.reward or reward_model.default_folder(s.model)),
-               "judge": s.judge}
+    reward = Path(s.reward or reward_model.default_folder(s.model))
+    folders = {"reward model": None if s.reward == "gold" else reward, "judge": s.judge}
     for name, folder in folders.items():
         if folder is not None and folder.is_dir():
             shas = [file_sha256(folder / file) for file in reward_model.FILES]
@@ -1043,7 +1058,7 @@ def find_reward_model(s: Settings, model: Qwen,
 
 def free_folder(s: Settings, method: str = "") -> Path:
     """runs/NAME, or the first runs/NAME-2, -3 … that is free."""
-    name, number = "-".join(filter(None, (method, Path(s.model).name.lower()))), 1
+    name, number = "-".join(filter(None, (method, short_name(s.model).lower()))), 1
 
     def folder() -> Path:
         return Path("runs") / (name if number == 1 else f"{name}-{number}")
@@ -1064,14 +1079,16 @@ def estimate_seconds(run: Run, prompts: list[Prompt], held_out: list[Prompt]) ->
     rows = s.prompts_per_step * s.group_size
     length = s.max_new_tokens * 0.6  # most responses end before the limit
     block = torch.zeros(s.group_size, 32, dtype=torch.long, device=run.model.device)
-    started = time.perf_counter()
-    run.model(block)
-    per_token = (time.perf_counter() - started) / block.numel()
-    probe = draw_uniforms(0, 0, 0, rows, 3)[None]
-    started = time.perf_counter()
-    rollout(run.model, run.tokenizer, [prompt.ids], probe, s.temperature)
-    per_decode = (time.perf_counter() - started) / 4  # the prompt counts as one more
-    passes = 1 + (s.beta > 0) + 3 * s.inner_steps  # a backward pass is two forward ones
+    probe, clock = draw_uniforms(0, 0, 0, rows, 3)[None], Clock()
+    run.model(block[:1, :1])  # the first call of a library loads it
+    with clock("scoring"):
+        run.model(block)
+    with clock("sampling"):
+        rollout(run.model, run.tokenizer, [prompt.ids], probe, s.temperature)
+    per_token = clock.seconds["scoring"] / block.numel()
+    per_decode = clock.seconds["sampling"] / 4  # the prompt counts as one more
+    # Scoring, reference; and an update: forward, backward, and the head's products.
+    passes = 1 + (s.beta > 0) + 3 * s.inner_steps
     tokens = rows * length + s.prompts_per_step * len(prompt.ids)
     step = per_decode * s.max_new_tokens + passes * tokens * per_token
     answers = 2 * len(held_out) * (length + len(prompt.ids)) * 3 * per_token
@@ -1144,7 +1161,7 @@ def kept_for_backward(model: Qwen, rows: int, tokens: int, prompt: int) -> int:
         prefix.store = True
         model(ids(1, prompt), prefix)
         prefix.store = False
-        model(ids(rows, tokens), prefix.meeting_point())
+        model(ids(rows, tokens), prefix.detached())
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
@@ -1237,8 +1254,6 @@ def announce(run: Run, prompts: list[Prompt], held_out: list[Prompt]) -> None:
     if parallel.rank():
         return
     if s.resume is None:
-        require(not path.exists(), f"{run.folder} holds a run already; choose another "
-                "--out, or go on with it: --resume")
         write_json(path, config)
         return
     require_unfinished(run.folder)  # now that nobody else is writing here

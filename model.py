@@ -57,6 +57,12 @@ def is_tiny(source: str | Path) -> bool:
     return Path(source).resolve() == TINY
 
 
+def short_name(source: str | Path) -> str:
+    """What a run on this checkpoint is called: the last part of its name."""
+    source = Path(source)
+    return (source.resolve() if source.is_dir() else source).name
+
+
 def pick_device(name: str | None) -> str:
     """The device that was asked for; by default a GPU if there is one."""
     known = {"cpu"} | ({"cuda"} if torch.cuda.is_available() else set())
@@ -279,6 +285,7 @@ class Attention(nn.Module):
         q, k, v = (h.transpose(1, 2) for h in (q, k, v))  # (B, H, T, Dh)
         q, k = rotate(q, *angles), rotate(k, *angles)
         k, v = cache.extend(layer, k, v)  # (B, Hkv, S + T, Dh)
+        # softmax(q kᵀ / sqrt(Dh) + mask) v; query head h reads key head h // (Hq / Hkv)
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=cache.mask, is_causal=cache.plain_causal,
             enable_gqa=True,
@@ -385,11 +392,12 @@ class Cache:
         """A cache of B = P·G rows with `room` free places behind the prompts."""
         decoding = Cache(len(self.keys), self.padding.repeat_interleave(group_size))
         decoding.length, decoding.in_place = self.length, True
-        for name in ("keys", "values"):
-            decoding.__dict__[name] = [
-                F.pad(t.repeat_interleave(group_size, 0), (0, 0, 0, room))
-                for t in getattr(self, name)
-            ]  # (B, Hkv, S + room, Dh)
+
+        def grown(part: Tensor) -> Tensor:  # (P, Hkv, S, Dh) → (B, Hkv, S + room, Dh)
+            return F.pad(part.repeat_interleave(group_size, 0), (0, 0, 0, room))
+
+        decoding.keys = [grown(k) for k in self.keys]
+        decoding.values = [grown(v) for v in self.values]
         return decoding
 
     def keep(self, rows: Tensor) -> None:
@@ -398,8 +406,8 @@ class Cache:
         self.values = [v[rows] for v in self.values]
         self.padding = self.padding[rows]
 
-    def meeting_point(self) -> "Cache":
-        """The same prefix, detached: micro-batches leave their gradients in `.grad`."""
+    def detached(self) -> "Cache":
+        """The same prefix as leaves: micro-batches add their gradients to `.grad`."""
         leaf = Cache(len(self.keys), self.padding)
         leaf.length = self.length
         leaf.keys = [k.detach().requires_grad_() for k in self.keys]
@@ -441,7 +449,7 @@ class Qwen(nn.Module):
         Args:
             tokens: padded on the right, if at all; what stands there is never seen.
             cache: a prefix of one prompt (shared by all rows), or of B prompts; if it
-                has fewer layers than the model, the pass ends after these.
+                has fewer layers than the model, the pass ends after these and the norm.
         """
         cache = cache or Cache(self.config.num_hidden_layers)
         positions = cache.prepare(tokens)  # (B, T)
@@ -483,14 +491,15 @@ class Qwen(nn.Module):
         comes from its own row. When gradients flow, the caller runs `backward` on each
         micro-batch; those gradients meet in the prefix's detached keys and values, and
         one backward pass through the prefix follows on leaving the block. The sum is
-        the gradient of the repeated prompt: d loss/d θ = ∂/∂θ + (∂ loss/∂ KV)(∂ KV/∂θ).
+        the gradient of the repeated prompt: d loss/dθ = ∂ loss/∂θ at fixed keys and
+        values + (∂ loss/∂KV) (∂KV/∂θ).
         """
         prefix = self.prefill([prompt[:-1]], depth)
         if not torch.is_grad_enabled() or not prefix.length or not any(
                 k.requires_grad for k in prefix.keys):
             yield prefix
             return
-        leaf = prefix.meeting_point()
+        leaf = prefix.detached()
         yield leaf
         pairs = [(out, point.grad)
                  for out, point in zip(prefix.keys + prefix.values,
@@ -510,22 +519,21 @@ def pad_rows(rows: list[list[int]], device: torch.device) -> Tensor:
 TOKENS_PER_PASS = 8192
 # A pass reads all weights once, however few its tokens: at 0.5B on two cores that takes
 # as long as the products of about so many tokens.
-TOKENS_OF_A_PASS = 32
+PASS_COST = 32
 
 
 def micro_batches(lengths: list[int]) -> list[list[int]]:
     """Row numbers, sorted by length and cut where that costs least.
 
-    Every row of a batch costs as much as the longest: responses of 1 to 94 tokens in
-    one batch are half padding. More batches have less of it, but each has the price of
-    a pass. The cheapest cuts of the sorted rows come from the cheapest of all shorter
-    beginnings (dynamic programming).
+    Every row costs as much as the longest of its batch: mixed lengths waste work on
+    padding. More batches waste less, but each has the price of a pass. The cheapest
+    cuts of the first n rows extend the cheapest of fewer (dynamic programming).
     """
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     best: list[tuple[int, int]] = [(0, 0)]  # for the first n rows: cost, last cut
     for end, row in enumerate(order, 1):
         best.append(min(
-            (best[cut][0] + (end - cut) * lengths[row] + TOKENS_OF_A_PASS, cut)
+            (best[cut][0] + (end - cut) * lengths[row] + PASS_COST, cut)
             for cut in range(end)
             if end - cut == 1 or (end - cut) * lengths[row] <= TOKENS_PER_PASS))
     parts, end = [], len(order)
@@ -617,7 +625,7 @@ class Tokenizer:
 
         The template is rendered with place-holders, cut at the control tokens that are
         the template's own, and only then filled with the person's text: `<|im_start|>`
-        typed by a person stays seven ordinary tokens.
+        typed by a person stays ordinary text.
 
         Raises:
             UserError: the prompt is empty.
@@ -721,7 +729,8 @@ def find_folder(source: str | Path) -> Path:
     if Path(source).is_dir():
         return Path(source)
     name = str(source)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or Path(name).parent.is_dir():
+    on_the_hub = name in SIZES.values() or not Path(name).parent.is_dir()
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or not on_the_hub:
         raise UserError(f"no such checkpoint folder: {name}")
     import huggingface_hub  # only here: importing it takes longer than a tiny run loads
 

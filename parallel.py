@@ -7,7 +7,7 @@ makes the gradient of the step, and as all then take the same step, their adapte
 equal.
 
 The objective's denominators are those of the whole step (`grpo.token_weights`), so the
-sum of the processes' gradients *is* the gradient of one process, whatever their number.
+sum of the gradients is that of one process up to rounding, whatever their number.
 Draws depend on (seed, step, prompt) alone: they do not change either. The first process
 writes the run folder and prints.
 
@@ -71,7 +71,7 @@ def together(device: str) -> Iterator[None]:
 
 
 def share(items: Sequence) -> list:
-    """This process's part of some items, dealt out like cards."""
+    """This process's part: every size()-th item, from number rank() on."""
     return list(items[rank()::size()])
 
 

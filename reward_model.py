@@ -56,6 +56,7 @@ from model import (
     open_shard,
     pad_rows,
     pick_device,
+    short_name,
 )
 from model import load as load_base
 from run import (
@@ -128,7 +129,7 @@ class RewardModel:
                 prefix: Cache) -> Tensor:
         """Logits (n, K) of the scores; arguments as of `features`."""
         z = (self.features(prompt, responses, prefix) - self.center) / self.spread
-        # s_k = sigmoid(u_k · z + b_k)
+        # s_k = sigmoid(u_k · z + b_k); here before the sigmoid
         return self.head(z)
 
     @torch.no_grad()
@@ -294,6 +295,8 @@ def split_rows(rows: list[dict], split: str,
     if any("split" in row for row in rows):
         return ([r for r in rows if r.get("split", "train") == split],
                 [r for r in rows if r.get("split") == "test"])
+    require(split == "train", f"--split {split}: no row of the data has a \"split\"; "
+            "add one to each, so that a judge has prompts of its own")
     return hold_out(rows, 0.2, seed)
 
 
@@ -325,9 +328,10 @@ def regression_loss(logits: Tensor, labels: Tensor) -> Tensor:
 def fit_head(scorer: RewardModel, groups: list[Group]) -> None:
     """Fit the head to the untrained features in closed form: a linear probe.
 
-    Ridge regression on standardised features. A head that starts at zero sends
-    arbitrary gradients down at first, and these spoil features that were good (Kumar et
-    al., arXiv 2202.10054); this one asks of the adapter only what the base lacks.
+    Ridge regression on standardised features. The features' gradient is (s − y) times
+    the head's weights: before the head fits the labels it means little, and spoils
+    features that were good (Kumar et al., arXiv 2202.10054, for random heads). After
+    this fit the adapter learns only what the base lacks.
     """
     features = torch.cat([
         features_of(scorer, group)
@@ -559,7 +563,7 @@ def default_folder(source: str) -> Path:
     """Where the reward model of a base is kept, unless --out or --reward says else."""
     if is_tiny(source):
         return TINY / "reward"
-    return Path("runs") / f"reward-{Path(source).name}"
+    return Path("runs") / f"reward-{short_name(source)}"
 
 
 def score_file(settings: Settings) -> None:

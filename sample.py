@@ -63,7 +63,7 @@ def pick(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, T
 
     Args:
         logits: (n, V) over the valid vocabulary.
-        temperature: 0 takes the best token.
+        temperature: 0 takes the likeliest token.
         uniform: (n,) in [0, 1).
 
     Returns:
@@ -73,10 +73,10 @@ def pick(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, T
         return logits.argmax(-1), torch.zeros(len(logits), device=logits.device)
     z = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
     z -= z.amax(-1, keepdim=True)  # (n, V)
-    # The sum of 150,000 probabilities needs float64, each of them does not.
+    # id = the first i with Σ_{v ≤ i} exp z_v > u Σ_v exp z_v.  The sum of 150,000
+    # probabilities needs float64, each of them does not. Scaling the draw by the sum
+    # saves a pass over the table; `right` skips tokens of probability 0.
     cdf = z.exp().cumsum(-1, dtype=torch.float64)  # (n, V), up to its sum
-    # Scaling the draw by the sum, and not the table, saves a pass over it and keeps the
-    # last token reachable; `right` skips tokens of probability 0.
     total = cdf[:, -1:]
     target = uniform.to(cdf.device)[:, None] * total
     ids = torch.searchsorted(cdf, target, right=True).clamp(max=cdf.shape[1] - 1)
@@ -120,19 +120,20 @@ def rollout(
     cache = model.prefill([p[:-1] for p in prompts]).for_decoding(group_size, room)
     last = torch.tensor([p[-1] for p in prompts], device=model.device)
     last = last.repeat_interleave(group_size)
-    alive = torch.arange(rows, device=model.device)
+    active = torch.arange(rows, device=model.device)  # rows that have not ended
     for t in range(room):
         hidden = model(last[:, None], cache)[:, -1]  # (n, D)
         logits = linear(hidden, unembed)  # (n, V)
-        last, chosen = pick(logits, temperature, uniforms[alive.cpu(), t])
-        tokens[alive, t], logp[alive, t] = last, chosen
+        last, chosen = pick(logits, temperature, uniforms[active.cpu(), t])
+        tokens[active, t], logp[active, t] = last, chosen
         stop = torch.isin(last, stops)
         if stop.any():
-            length[alive[stop]], ended[alive[stop]] = t + 1, True
+            # The end token belongs to the response: its length is t + 1.
+            length[active[stop]], ended[active[stop]] = t + 1, True
             going = (~stop).nonzero()[:, 0]
             if not len(going):
                 break
-            alive, last = alive[going], last[going]
+            active, last = active[going], last[going]
             cache.keep(going)
     mask = torch.arange(room, device=model.device) < length[:, None]  # (B, C)
     used = int(length.max())
@@ -203,6 +204,9 @@ def main(argv: list[str] | None = None) -> None:
         reward_model.default_folder(source) if used == "gold" else Path(used))
     scorer = reward_model.load(model, judge) if judge.is_dir() else None
     turn = 0
+    if scorer is None:
+        print(f"there is no reward model at {judge}: answers get no scores",
+              file=sys.stderr)
     for prompt in [settings.prompt] if settings.prompt is not None else ask():
         ids = tokenizer.chat(prompt, run.get("system"))
         table = draw_uniforms(settings.seed, turn, 0, 1, settings.max_new_tokens)[None]

@@ -353,8 +353,11 @@ def test_an_interrupted_comparison_goes_on(tmp_path, monkeypatch):
 
     monkeypatch.setattr(baselines.subprocess, "run", finish)
     programs = {"GRPO": ["grpo.py"], "PPO": ["baselines.py", "--method", "ppo"]}
-    for name in ("grpo-0", "ppo-0"):  # cut short: settings, and no checksums
-        run.write_json(tmp_path / name / "config.json", {})
+    for name, words in programs.items():  # cut short: settings, and no checksums
+        out = tmp_path / f"{name.lower()}-0"
+        run.write_json(out / "config.json", {})
+        words = [*words, "--seed", "0", "--out", str(out)]
+        run.write_json(tmp_path / f"{out.name}.json", {"command": words})
     found = baselines.run_all(programs, [0], tmp_path)
     assert commands == [
         ["--resume", str(tmp_path / "grpo-0")],
@@ -365,6 +368,10 @@ def test_an_interrupted_comparison_goes_on(tmp_path, monkeypatch):
     programs["GRPO"] = ["grpo.py", "--steps", "3"]
     with pytest.raises(run.UserError, match="grpo-0 is of another command"):
         baselines.run_all(programs, [0], tmp_path)
+    run.write_json(tmp_path / "dpo-0" / "config.json", {})  # somebody's own run
+    with pytest.raises(run.UserError, match="dpo-0 is not from such a comparison"):
+        baselines.run_all({"DPO": ["baselines.py", "--method", "dpo"]}, [0], tmp_path)
+    assert (tmp_path / "dpo-0" / "config.json").is_file()
 
 
 @pytest.mark.parametrize(("words", "why"), [

@@ -32,6 +32,7 @@ import torch
 import grpo
 import lora
 import model as qwen
+from data import rubric
 from run import UserError, append
 from sample import Rollout, draw_uniforms
 
@@ -735,10 +736,10 @@ def test_describe_says_what_numpy_says():
     axes = figures.pop("axes")
     for k, axis in enumerate("ab"):
         assert axes[axis]["mean"] == pytest.approx(table[:, k].mean(), rel=1e-5)
-        assert axes[axis]["std"] == pytest.approx(table[:, k].std(ddof=1), rel=1e-5)
+        assert axes[axis]["std"] == pytest.approx(table[:, k].std(), rel=1e-5)
     assert figures == pytest.approx({
-        "R": reward.mean(), "R_std": reward.std(ddof=1),
-        "advantage_std": advantage.std(ddof=1), "dead_groups": 1 / 3, "length": 2.0,
+        "R": reward.mean(), "R_std": reward.std(),
+        "advantage_std": advantage.std(), "dead_groups": 1 / 3, "length": 2.0,
         "cut_off": 0.25, "distinct": 3.0, "tokens": 24}, rel=1e-5)
     # Where there is a gold rubric, its R of the same responses stands beside them.
     run.judges = {"gold": lambda prompt, rows: torch.tensor(
@@ -945,6 +946,23 @@ def test_the_plan_of_a_size_loads_nothing(monkeypatch, capsys, size, billions, g
     base, *others, together = (float(row[-1]) for row in rows)
     assert f"{base:.2f}" == gb
     assert together == pytest.approx(base + sum(others), abs=0.02)
+
+
+def test_the_gold_rubric_follows_the_order_of_the_axes():
+    def gold(_prompt, rows):
+        return torch.arange(4.0).repeat(len(rows), 1)
+
+    reverse = list(rubric.AXES)[::-1]
+    assert grpo.with_axes(gold, reverse)(None, [[1]]).tolist() == [[3, 2, 1, 0]]
+    assert grpo.with_axes(gold, [*rubric.AXES, "brevity"]) is None
+
+
+def test_a_folder_called_gold_is_not_the_rubric(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gold").mkdir()
+    model, _ = qwen.load(qwen.TINY)
+    found = grpo.identify(grpo.resolve(grpo.Settings(reward="gold")), model)
+    assert "reward model" not in found
 
 
 def test_a_plan_for_an_unknown_model_ends_in_one_line():

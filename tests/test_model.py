@@ -663,6 +663,20 @@ def test_absurd_sizes_are_refused_with_both_sizes(
         qwen.load(folder)
 
 
+def test_a_size_is_looked_for_on_the_hub_whatever_folders_there_are(
+        tmp_path, monkeypatch):
+    (tmp_path / "Qwen").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: name)
+    assert qwen.find_folder(qwen.SIZES["0.5b"]) == Path("Qwen/Qwen2.5-0.5B-Instruct")
+
+
+def test_a_checkpoint_in_the_working_directory_has_a_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert qwen.short_name(".") == tmp_path.name
+    assert qwen.short_name("Qwen/Qwen2.5-0.5B-Instruct") == "Qwen2.5-0.5B-Instruct"
+
+
 @pytest.mark.parametrize("name", ["no/such/folder", "nowhere", "./nobody/nothing"])
 def test_a_missing_folder_is_refused(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
@@ -729,7 +743,7 @@ def test_micro_batches_hold_every_row_once_at_the_least_cost(lengths, limit,
         sizes = [len(part) * max(part) for part in way]
         fits = all(size <= limit or len(part) == 1
                    for size, part in zip(sizes, way, strict=True))
-        return sum(sizes) + qwen.TOKENS_OF_A_PASS * len(way) if fits else float("inf")
+        return sum(sizes) + qwen.PASS_COST * len(way) if fits else float("inf")
 
     ordered, ways = sorted(lengths), []
     for count in range(len(lengths)):

@@ -13,6 +13,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 import baselines
 import grpo
@@ -62,6 +63,19 @@ def test_a_tag_stands_at_the_one_function_that_the_map_names(tag):
     file, function, test = MAP[tag]
     assert functions_with(tag) == [(file, function.split(".")[-1])]
     assert tag in (ROOT / "tests" / test).read_text()
+
+
+def test_the_four_answers_of_the_opening_have_these_rewards_and_advantages():
+    lines = README.partition("| four answers")[2].splitlines()[2:6]
+    table = torch.tensor([
+        [float(x) for x in re.findall(r"[+-]?\d\.\d+", line.replace("−", "-"))]
+        for line in lines])  # four scores, then R and A with either weights
+    assert table.shape == (4, 8)
+    for weights, column in (([1.0, 1, 1, 1], 4), ([1.0, 1, 1, 2], 6)):
+        reward = grpo.combine(table[:, :4], torch.tensor(weights))
+        advantage = grpo.group_advantage(reward[None])[0][0]
+        torch.testing.assert_close(table[:, column], reward, rtol=0, atol=6e-4)
+        torch.testing.assert_close(table[:, column + 1], advantage, rtol=0, atol=6e-3)
 
 
 def test_tags_in_the_code_are_in_the_map():

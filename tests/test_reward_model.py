@@ -433,6 +433,8 @@ def test_no_prompt_is_in_training_and_test(seed):
     assert len({r["prompt"] for r in held}) == 2  # a fifth
     assert reward_model.split_rows(rows, "train", seed) == (known, held)
     assert reward_model.split_rows(rows, "train", seed + 2)[1] != held
+    with pytest.raises(UserError, match=r'--split judge: no row .* has a "split"'):
+        reward_model.split_rows(rows, "judge", seed)
 
 
 def test_a_split_that_the_file_states_is_kept():
