@@ -295,12 +295,12 @@ class Settings:
 
 # By `model.is_tiny`. Tiny: a higher rank moves faster, and most of what it moves is
 # noise (KL). Real, at 0.5B on a CPU: at temperature 1 the model speaks nonsense on most
-# prompts, and learns little from it; at 1.5e-4 the text drifted far from the base's in
-# 60 steps, at 6e-5 less (results/0.5b).
+# prompts, and learns little from it; at 1.5e-4 and at 6e-5 the text drifted further
+# from the base's in 60 steps (results/0.5b).
 DEFAULTS = {
     True: {"steps": 70, "prompts_per_step": 8, "max_new_tokens": 64, "lr": 4.5e-3,
            "temperature": 1.0, "rank": 8, "eval_prompts": 128},
-    False: {"steps": 60, "prompts_per_step": 2, "max_new_tokens": 48, "lr": 6e-5,
+    False: {"steps": 60, "prompts_per_step": 2, "max_new_tokens": 48, "lr": 4.5e-5,
             "temperature": 0.8, "rank": 16, "eval_prompts": 96},
 }
 
