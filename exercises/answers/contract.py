@@ -16,8 +16,8 @@ CHANGES = {
           "hidden, head, targets, 1.0, run"),
     "2": ("sample.py", "unembed = model.unembed[:tokenizer.valid]",
           "unembed = model.unembed"),
-    "3": ("sample.py", "ended[alive[stop]] = t + 1, True",
-          "ended[alive[stop]] = t, True"),
+    "3": ("sample.py", "ended[active[stop]] = t + 1, True",
+          "ended[active[stop]] = t, True"),
 }
 
 
