@@ -933,7 +933,7 @@ def test_the_plan_counts_what_a_backward_pass_keeps_in_earnest(dtype, sizes):
 
 
 @pytest.mark.parametrize(("size", "billions", "gb"), [
-    ("0.5b", "0.49", "0.99"),
+    pytest.param("0.5b", "0.49", "0.99", marks=pytest.mark.slow),
     pytest.param("7b", "7.62", "15.23", marks=pytest.mark.slow),
     pytest.param("14b", "14.77", "29.54", marks=pytest.mark.slow)])
 def test_the_plan_of_a_size_loads_nothing(monkeypatch, capsys, size, billions, gb):
