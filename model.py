@@ -189,9 +189,9 @@ HAS_BOTH = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_availa
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """y = x Wᵀ + b: x (..., in), weight (out, in), bias (out,) → (..., out).
 
-    On x86, PyTorch brings two libraries for products. `F.linear` asks MKL in fp32; for
-    large frozen weights oneDNN was up to 3 times faster with the few rows of a decoding
-    step, and never slower (`python -m benchmarks`).
+    On x86, PyTorch brings two libraries for products, and `F.linear` asks MKL in fp32.
+    For large frozen weights oneDNN was faster where it was measured (two cores of an
+    AMD EPYC): 2 to 3 times at the 1 to 32 rows of a decoding step, less at hundreds.
     """
     trained = weight.requires_grad or (bias is not None and bias.requires_grad)
     if (x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu"

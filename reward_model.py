@@ -391,14 +391,7 @@ def train(scorer: RewardModel, groups: list[Group], validation: list[Group],
     batches, due = shuffled_batches(groups, settings), Due(settings.save_every)
     if checkpoint and checkpoint.is_file():
         about = load_checkpoint(checkpoint, state, optimizer)
-        before = about.get("origin") or {}
-        changed = [key for key in origin if before.get(key) != origin[key]]
-        require(not changed, f"{checkpoint} is of a training with another "
-                f"{', '.join(changed)}; delete it to start again, or choose another "
-                "--out")
-        losses, tried = about.get("losses"), about.get("validation")
-        require(isinstance(losses, list) and isinstance(tried, list)
-                and len(losses) <= len(batches), f"{checkpoint} is damaged; delete it")
+        losses, tried = done_before(about, origin, len(batches), checkpoint)
         print(f"going on after step {len(losses)} of a training that was interrupted")
     else:
         losses, tried = [], [mean_spearman(scorer, validation)] if validation else []
@@ -426,6 +419,23 @@ def train(scorer: RewardModel, groups: list[Group], validation: list[Group],
     if asked:
         print("stopped; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
+    return losses, tried
+
+
+def done_before(about: dict, origin: dict, steps: int,
+                checkpoint: Path) -> tuple[list[float], list[float]]:
+    """Losses and validation figures of a checkpoint.
+
+    Raises:
+        UserError: it is of another origin, or damaged.
+    """
+    before = about.get("origin") or {}
+    changed = [key for key in origin if before.get(key) != origin[key]]
+    require(not changed, f"{checkpoint} is of a training with another "
+            f"{', '.join(changed)}; delete it to start again, or choose another --out")
+    losses, tried = about.get("losses"), about.get("validation")
+    require(isinstance(losses, list) and isinstance(tried, list)
+            and len(losses) <= steps, f"{checkpoint} is damaged; delete it")
     return losses, tried
 
 

@@ -203,10 +203,10 @@ def main(argv: list[str] | None = None) -> None:
     judge = settings.reward or (
         reward_model.default_folder(source) if used == "gold" else Path(used))
     scorer = reward_model.load(model, judge) if judge.is_dir() else None
-    turn = 0
     if scorer is None:
         print(f"there is no reward model at {judge}: answers get no scores",
               file=sys.stderr)
+    turn = 0
     for prompt in [settings.prompt] if settings.prompt is not None else ask():
         ids = tokenizer.chat(prompt, run.get("system"))
         table = draw_uniforms(settings.seed, turn, 0, 1, settings.max_new_tokens)[None]

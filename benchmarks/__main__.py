@@ -17,7 +17,7 @@ import re
 import subprocess
 import sys
 from datetime import date
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
 
@@ -37,6 +37,7 @@ from run import (
 )
 
 ROOT = Path(__file__).parent.parent
+PACKAGES = ("torch", "transformers", "peft", "trl", "matplotlib")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,17 +91,15 @@ def all_rows(model: str) -> list[Row]:
              Row("loading", ("ours", "from_pretrained"),
                  {"case": "loading", "model": model})]
     # What costs how much: one size grows, the others stay.
-    base = {"prompts": 1, "prompt_tokens": 64, "group": 4, "response": 16}
-    large = {"prompt_tokens": (64, 256, 512)}
-    for title, sizes, others in (
-            ("prompts", {"prompts": (1, 2, 4)}, {}),
-            ("prompt tokens", large, {}),
-            ("prompt tokens, G = 16", large, {"group": 16}),
-            ("responses a prompt (G)", {"group": (4, 8, 16)}, {}),
-            ("response tokens", {"response": (16, 32, 64)}, {})):
-        [(key, values)] = sizes.items()
+    base = {"prompts": 1, "prompt_tokens": 64, "response": 16}
+    for title, key, values, group in (
+            ("prompts", "prompts", (1, 2, 4), 4),
+            ("prompt tokens", "prompt_tokens", (64, 256, 512), 4),
+            ("prompt tokens, G = 16", "prompt_tokens", (64, 256, 512), 16),
+            ("responses a prompt (G)", "group", (4, 8, 16), 4),
+            ("response tokens", "response", (16, 32, 64), 4)):
         rows += [Row(f"growth, {title} = {value}", ("ours",),
-                     grpo(**(base | others | {key: value}), steps=1))
+                     grpo(**(base | {"group": group} | {key: value}), steps=1))
                  for value in values]
     return rows
 
@@ -120,7 +119,8 @@ def measure(row: Row, side: str) -> dict:
 def measure_rows(rows: list[Row], report: dict, repeats: int, out: Path) -> None:
     """Put the figures of all rows into the report, and write it after each."""
     known: dict[str, dict] = {}  # cases that several growth rows share are run once
-    with tqdm(total=repeats * sum(len(row.sides) for row in rows), unit="process",
+    cases = {json.dumps([row.case, row.sides]): len(row.sides) for row in rows}
+    with tqdm(total=repeats * sum(cases.values()), unit="process",
               file=sys.stderr) as bar:
         for row in rows:
             key = json.dumps([row.case, row.sides])
@@ -293,14 +293,19 @@ def main(argv: list[str] | None = None) -> None:
     weights = Path(s.model) / "model.safetensors"
     require(weights.is_file(), f"{s.model} has no model.safetensors")
     require(s.repeats >= 1, "--repeats must be at least 1")
-    rows = [r for r in all_rows(s.model) if re.search(s.only, r.name)]
-    require(bool(rows), f"--only {s.only}: no row has that in its name")
+    try:
+        rows = [r for r in all_rows(s.model) if re.search(s.only, r.name)]
+        versions = {name: version(name) for name in PACKAGES}
+    except re.error as error:
+        raise UserError(f"--only {s.only}: no regular expression ({error})") from error
+    except PackageNotFoundError as error:
+        raise UserError(f"{error.name} is missing: pip install -r "
+                        "requirements-peers.txt") from error
+    require(bool(rows), f"--only {s.only}: no row has a name like that")
     report = {
         "date": date.today().isoformat(), "machine": processor(),
         "threads": torch.get_num_threads(), "repeats": s.repeats,
-        "versions": {name: version(name) for name in
-                     ("torch", "transformers", "peft", "trl")},
-        "sha256": file_sha256(weights), "rows": {}}
+        "versions": versions, "sha256": file_sha256(weights), "rows": {}}
     if s.only and s.out.is_file():
         report["rows"] = earlier_rows(s.out, report)
     measure_rows(rows, report, s.repeats, s.out)

@@ -162,23 +162,14 @@ def trl_step(model: str, prompts: int, prompt_tokens: int, group_size: int,
         compact: the head's product on response tokens only, as TRL does it on GPUs.
         checkpointing: TRL's default, which pays time for memory.
     """
-    import datasets
-    import peft
     import transformers
-    import trl
     import trl.trainer.utils
-
-    from lora import PROJECTIONS
 
     if compact:  # there it only chooses positions; the kernels have their own switch
         trl.trainer.utils._use_triton = lambda _device: True
-
-    transformers.logging.set_verbosity_error()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-    text, chance = text_of(tokenizer, prompt_tokens), random.Random(0)
-    rows = datasets.Dataset.from_list([{"prompt": text}] * prompts * (steps + 1))
     times: list[float] = []
     sampling: list[float] = []
+    scoring: list[float] = []
 
     class Watch(transformers.TrainerCallback):
         def on_step_begin(self, *_args, **_kwargs) -> None:
@@ -189,30 +180,16 @@ def trl_step(model: str, prompts: int, prompt_tokens: int, group_size: int,
             if len(times) == 1:
                 forget_peak()
 
-    def rewards(completion_ids: list, **_: object) -> list[float]:
-        assert all(len(row) == response_tokens for row in completion_ids)
-        return [chance.random() for _ in completion_ids]
-
     with tempfile.TemporaryDirectory() as folder:
-        trainer = trl.GRPOTrainer(
-            model=transformers.AutoModelForCausalLM.from_pretrained(
-                model, dtype=torch.float32),
-            reward_funcs=rewards,
-            args=trl.GRPOConfig(
+        trainer = trl_trainer(
+            model, prompt_tokens, response_tokens, trl.GRPOConfig(
                 folder, per_device_train_batch_size=prompts * group_size,
                 num_generations=group_size, max_completion_length=response_tokens,
                 max_steps=steps + 1, beta=BETA, learning_rate=LR, loss_type="grpo",
                 gradient_checkpointing=checkpointing, use_cpu=True, bf16=False,
                 report_to="none", save_strategy="no", logging_strategy="no",
-                disable_tqdm=True),
-            train_dataset=rows, processing_class=tokenizer, callbacks=[Watch()],
-            peft_config=peft.LoraConfig(r=RANK, lora_alpha=2 * RANK,
-                                        target_modules=list(PROJECTIONS)))
-        # Nothing ends early.
-        trainer.generation_config.eos_token_id = None
-        trainer.model.generation_config.eos_token_id = None
-        trainer.eos_token_ids = [-1]
-        scoring: list[float] = []
+                disable_tqdm=True))
+        trainer.add_callback(Watch())
         for name, found in (("_generate", sampling),
                             ("_generate_and_score_completions", scoring)):
             setattr(trainer, name, timed(getattr(trainer, name), found))
@@ -223,6 +200,39 @@ def trl_step(model: str, prompts: int, prompt_tokens: int, group_size: int,
               zip(times[1:], sampling[1:], scoring[1:], strict=True)]
     return {"rounds": rounds, "peak_gb": resident("VmHWM"),
             "tokens": prompts * group_size * response_tokens}
+
+
+def trl_trainer(model: str, prompt_tokens: int, response_tokens: int, config):
+    """A trainer whose responses all have `response_tokens` tokens."""
+    import datasets
+    import peft
+    import transformers
+    import trl
+
+    from lora import PROJECTIONS
+
+    transformers.logging.set_verbosity_error()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    text, chance = text_of(tokenizer, prompt_tokens), random.Random(0)
+
+    def rewards(completion_ids: list, **_: object) -> list[float]:
+        assert all(len(row) == response_tokens for row in completion_ids)
+        return [chance.random() for _ in completion_ids]
+
+    count = config.per_device_train_batch_size // config.num_generations
+    trainer = trl.GRPOTrainer(
+        model=transformers.AutoModelForCausalLM.from_pretrained(
+            model, dtype=torch.float32),
+        reward_funcs=rewards, args=config, processing_class=tokenizer,
+        train_dataset=datasets.Dataset.from_list(
+            [{"prompt": text}] * count * config.max_steps),
+        peft_config=peft.LoraConfig(r=RANK, lora_alpha=2 * RANK,
+                                    target_modules=list(PROJECTIONS)))
+    # Nothing ends early.
+    trainer.generation_config.eos_token_id = None
+    trainer.model.generation_config.eos_token_id = None
+    trainer.eos_token_ids = [-1]
+    return trainer
 
 
 def timed(function: Callable, found: list[float]) -> Callable:
