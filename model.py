@@ -425,7 +425,10 @@ class Qwen(nn.Module):
         super().__init__()
         self.config = config
         self.model = nn.Module()  # gives the names their prefix "model."
-        self.model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        # `nn.Embedding(V, D)` would draw random weights, for which, on the meta device,
+        # PyTorch imports its compiler: a second at every start.
+        self.model.embed_tokens = nn.Embedding.from_pretrained(
+            torch.empty(config.vocab_size, config.hidden_size), freeze=False)
         self.model.layers = nn.ModuleList(
             Block(config) for _ in range(config.num_hidden_layers))
         self.model.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -587,14 +590,16 @@ class Tokenizer:
                    if raw["model"].get(key)]
             if odd:
                 raise ValueError(f"{odd[0]} is set; a plain byte-level BPE has none")
-            # Training scripts leave these behind; a prompt must not be cut in silence.
-            raw |= {"truncation": None, "padding": None}
             self.control = {t["content"]: t["id"] for t in raw["added_tokens"]}
-            self._whole = tokenizers.Tokenizer.from_str(json.dumps(raw))
+            self._whole = tokenizers.Tokenizer.from_file(str(path))
+            # Training scripts leave these behind; a prompt must not be cut in silence.
+            self._whole.no_truncation()
+            self._whole.no_padding()
             # A second tokenizer that has never heard of control tokens: whatever a
             # person types, it can only produce ordinary text.
-            self._plain = tokenizers.Tokenizer.from_str(
-                json.dumps(raw | {"added_tokens": []}))
+            self._plain = tokenizers.Tokenizer(self._whole.model)
+            self._plain.normalizer = self._whole.normalizer
+            self._plain.pre_tokenizer = self._whole.pre_tokenizer
         except BaseException as error:
             # The library raises bare Exception, and panics with a class of its own.
             if not isinstance(error, Exception) and "Panic" not in type(error).__name__:

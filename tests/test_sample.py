@@ -28,7 +28,7 @@ import sample
 from logprob import token_logprobs
 from model import Config, Qwen, pad_rows
 from run import UserError, one_line_errors, write_checksums
-from sample import draw_uniforms, pick, rollout
+from sample import BLOCK, draw_uniforms, pick, rollout
 
 V, VALID = 40, 37
 ALMOST_ONE = 1 - 2**-53  # the largest float64 below 1
@@ -95,6 +95,23 @@ def test_pick_inverts_the_cdf(temperature):
     assert len(set(ids[200:].tolist())) == 19
     np.testing.assert_allclose(logp, np.log(prob[range(3000), wanted]), atol=1e-5)
     assert logp.dtype == torch.float32
+
+
+@pytest.mark.parametrize("size", [BLOCK - 1, BLOCK, BLOCK + 1, 5 * BLOCK + 7])
+def test_pick_inverts_the_cdf_over_blocks_of_ids(size):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(400, size, generator=generator, dtype=torch.float64)
+    logits[:, BLOCK // 2:BLOCK] = -math.inf  # a block may end with impossible ids
+    u = torch.rand(400, generator=generator, dtype=torch.float64)
+    u[:50], u[50:100] = 0.0, ALMOST_ONE
+    cdf = logits.softmax(-1).cumsum(-1)
+    wanted = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True)[:, 0]
+    ids, logp = pick(logits, 1.0, u)
+    assert (ids[100:] == wanted[100:]).all()
+    assert (ids[:50] == 0).all()
+    assert (ids[50:100] == logits.isfinite().nonzero()[-1, 1]).all()
+    torch.testing.assert_close(
+        logp, logits.log_softmax(-1).gather(-1, ids[:, None])[:, 0].float())
 
 
 def test_tokens_of_probability_zero_are_never_picked():
