@@ -17,7 +17,8 @@ PPO   (InstructGPT, arXiv 2203.02155; PPO, arXiv 1707.06347)
 [P4]  L_V = ½ mean_t max((V − Ret)², (V_old + clip(V − V_old, ± ε) − Ret)²)
 
 DPO   (arXiv 2305.18290) No sampling while it learns: pairs of the base's own answers,
-      the best and the worst of a group by R. All axes have become one preference.
+      the best (chosen) and the worst (rejected) of a group by R. All axes have become
+      one preference.
 [D1]  L = −log σ(β [(log π − log ref)(best) − (log π − log ref)(worst)])
 
 SFT   Rejection sampling: imitate the best answer of each group. One round, on answers
@@ -36,13 +37,16 @@ Shapes: as in `grpo.py`; n rows of one group, C response tokens.
 import dataclasses
 import json
 import math
+import os
 import random
 import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -57,12 +61,11 @@ from data import world
 from data.rubric import AXES
 from grpo import Batch, Clock, Prompt, Run, group_rows, response_hidden
 from logprob import token_logprobs
-from model import SIZES, TINY, Qwen, is_tiny, micro_batches
+from model import SIZES, TINY, Qwen, is_tiny
 from run import (
     CHECKSUMS,
     append,
     append_line,
-    format_table,
     given_options,
     one_line_errors,
     only_writer,
@@ -113,11 +116,12 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float,
 def whiten(advantage: Tensor, mask: Tensor) -> Tensor:
     """Mean 0 and std 1 over the step's tokens: (B, C) → (B, C).
 
-    Every step then weighs alike in AdamW's moments, whatever the spread of its rewards.
+    Every step then weighs alike in AdamW's moments, whatever the std of its rewards.
+    1e-4 as in `grpo.group_advantage`: rounding must not become advantages.
     """
     chosen = advantage[mask]
     return torch.where(
-        mask, (advantage - chosen.mean()) / (chosen.std(correction=0) + 1e-8), 0.0)
+        mask, (advantage - chosen.mean()) / (chosen.std(correction=0) + 1e-4), 0.0)
 
 
 def ppo_loss(logp: Tensor, logp_old: Tensor, advantage: Tensor, mask: Tensor,
@@ -129,8 +133,9 @@ def ppo_loss(logp: Tensor, logp_old: Tensor, advantage: Tensor, mask: Tensor,
     """
     ratio = torch.where(mask, logp - logp_old, 0.0).exp()
     # [P3] J = mean_t min(ρ A, clip(ρ, 1 ± ε) A)
-    kept = torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
-    return -torch.where(mask, kept, 0.0).sum() / tokens
+    clipped = ratio.clamp(1 - clip, 1 + clip) * advantage
+    surrogate = torch.minimum(ratio * advantage, clipped)
+    return -torch.where(mask, surrogate, 0.0).sum() / tokens
 
 
 def value_loss(values: Tensor, values_old: Tensor, returns: Tensor, mask: Tensor,
@@ -161,10 +166,8 @@ class Critic:
         """Adapter and head."""
         return lora.parameters(self.model, "value") + list(self.head.parameters())
 
-    def values(self, run: Run, prompt: list[int], rows: list[list[int]],
-               prefix) -> Tensor:
-        """V (n, C); the caller has let "value" speak."""
-        hidden, _ = response_hidden(run, prompt, rows, prefix)  # (n, C, D)
+    def values(self, hidden: Tensor) -> Tensor:
+        """V (n, C) from hidden states (n, C, D) of adapter `value`."""
         # Of length 1: AdamW moves every weight by about lr, so that a head over hidden
         # states as long as Qwen's would leap from nothing to ten in its first step.
         hidden = F.normalize(hidden.to(self.head.weight.dtype), dim=-1)
@@ -172,7 +175,7 @@ class Critic:
 
 
 @dataclasses.dataclass
-class Tokens:
+class Experience:
     """What PPO keeps of a step while it learns from it: all (B, C)."""
 
     logp_old: Tensor
@@ -182,66 +185,57 @@ class Tokens:
 
 
 @torch.no_grad()
-def look_back(run: Run, critic: Critic, batch: Batch, beta: float, gamma: float,
-              lam: float) -> tuple[Tokens, dict[str, float]]:
-    """Old values and the reference's log-probs, what follows from them, and metrics."""
+def make_experience(run: Run, critic: Critic, batch: Batch, beta: float, gamma: float,
+                    lam: float) -> tuple[Experience, dict[str, float]]:
+    """From old values and log ref: [P1], [P2], whitened advantages; and metrics."""
     mask, logp = batch.sampled.mask, batch.sampled.logp  # the sampler knows log π_old
     logp_ref, values = torch.zeros_like(logp), torch.zeros_like(logp)
-    for name, table in ((None, logp_ref), ("value", values)):
-        for place, prompt, rows, prefix in parts_of(run, batch, name):
-            found = (critic.values(run, prompt, rows, prefix) if name == "value"
-                     else log_probs(run, prompt, rows, prefix))
-            table[place, :found.shape[1]] = found.to(table)
+    for where, hidden, own in parts_of(run, batch, None):
+        targets = batch.sampled.tokens[where][own]
+        logp_ref[where] = log_probs(run, hidden, own, targets).to(logp)
+    for where, hidden, _ in parts_of(run, batch, "value"):
+        values[where] = critic.values(hidden).to(values)
     rewards = token_rewards(batch.reward.to(logp), logp, logp_ref, mask, beta)
     advantage, returns = gae(rewards, values, mask, gamma, lam)
     left, whole = (x[mask].var(correction=0) for x in (returns - values, returns))
     # An explained variance that stays at 0 says that the critic has learnt nothing.
-    metrics = {"kl_estimate": (logp - logp_ref)[mask].mean().item(),
+    metrics = {"kl_k1": (logp - logp_ref)[mask].mean().item(),
                "explained_variance": 1 - (left / whole.clamp(min=1e-12)).item()}
-    return Tokens(logp, values, whiten(advantage, mask), returns), metrics
+    return Experience(logp, values, whiten(advantage, mask), returns), metrics
 
 
 def parts_of(run: Run, batch: Batch, name: str | None) -> Iterator[tuple]:
-    """(rows of the batch, prompt, responses, prefix) of all parts; `name` speaks.
+    """`grpo.group_parts` of all groups with adapter `name`.
 
-    Between two parts the caller may run `backward`: see `Qwen.shared_prefix`.
+    Yields:
+        where they stand in a table (B, C), hidden (n, C, D), mask (n, C).
     """
     with lora.using(run.model, name):
-        for p, prompt in enumerate(batch.prompts):
-            rows = group_rows(run, batch, p)
-            with run.model.shared_prefix(prompt.ids) as prefix:
-                for part in micro_batches([len(r) for r in rows]):
-                    place = torch.tensor(part, device=run.model.device)
-                    yield (place + p * run.settings.group_size, prompt.ids,
-                           [rows[i] for i in part], prefix)
+        for p in range(len(batch.prompts)):
+            for rows, hidden, mask in grpo.group_parts(run, batch, p):
+                yield (rows, slice(0, mask.shape[1])), hidden, mask
 
 
-def log_probs(run: Run, prompt: list[int], rows: list[list[int]], prefix) -> Tensor:
-    """log π (n, C) of responses, from whoever is speaking."""
-    hidden, mask = response_hidden(run, prompt, rows, prefix)
-    targets = torch.tensor([t for r in rows for t in r], device=hidden.device)
+def log_probs(run: Run, hidden: Tensor, mask: Tensor, targets: Tensor) -> Tensor:
+    """log π (n, C) from hidden states (n, C, D) and the tokens (N,) they predict."""
     logp = token_logprobs(hidden[mask], run.model.unembed, targets,
                           run.settings.temperature, run.tokenizer.valid)
     return grpo.by_row(logp, mask)
 
 
-def ppo_update(run: Run, critic: Critic, batch: Batch, old: Tokens,
+def ppo_update(run: Run, critic: Critic, batch: Batch, old: Experience,
                clip: float) -> dict[str, float]:
     """Add the gradients of both losses over a whole step; return the losses."""
-    mask = batch.sampled.mask
-    tokens, sums = int(mask.sum()), {"loss": 0.0, "value_loss": 0.0}
-    for place, prompt, rows, prefix in parts_of(run, batch, "policy"):
-        logp = log_probs(run, prompt, rows, prefix)
-        here = (place, slice(0, logp.shape[1]))
-        loss = ppo_loss(logp, old.logp_old[here], old.advantage[here], mask[here], clip,
+    tokens, sums = int(batch.sampled.mask.sum()), {"loss": 0.0, "value_loss": 0.0}
+    for where, hidden, mask in parts_of(run, batch, "policy"):
+        logp = log_probs(run, hidden, mask, batch.sampled.tokens[where][mask])
+        loss = ppo_loss(logp, old.logp_old[where], old.advantage[where], mask, clip,
                         tokens)
         loss.backward()
         sums["loss"] += loss.item()
-    for place, prompt, rows, prefix in parts_of(run, batch, "value"):
-        values = critic.values(run, prompt, rows, prefix)
-        here = (place, slice(0, values.shape[1]))
-        loss = value_loss(values, old.values_old[here], old.returns[here], mask[here],
-                          clip, tokens)
+    for where, hidden, mask in parts_of(run, batch, "value"):
+        loss = value_loss(critic.values(hidden), old.values_old[where],
+                          old.returns[where], mask, clip, tokens)
         loss.backward()
         sums["value_loss"] += loss.item()
     return sums
@@ -267,6 +261,14 @@ class Pair:
     ref: Tensor | None  # (2,); SFT needs none
 
 
+def response_logp(run: Run, prompt: list[int], rows: list[list[int]],
+                  prefix) -> Tensor:
+    """log π (n,) of whole responses, with the active adapter."""
+    hidden, mask = response_hidden(run, prompt, rows, prefix)
+    targets = torch.tensor([t for r in rows for t in r], device=hidden.device)
+    return log_probs(run, hidden, mask, targets).sum(1)
+
+
 @torch.no_grad()
 def make_pairs(run: Run, batches: list[Batch], method: str) -> list[Pair]:
     """Best and worst of every group that is alive."""
@@ -281,7 +283,7 @@ def make_pairs(run: Run, batches: list[Batch], method: str) -> list[Pair]:
                 if method == "dpo":
                     with lora.using(run.model, None), \
                             run.model.shared_prefix(prompt) as prefix:
-                        ref = log_probs(run, prompt, two, prefix).sum(1)
+                        ref = response_logp(run, prompt, two, prefix)
                 pairs.append(Pair(prompt, *two, ref))
     return pairs
 
@@ -289,12 +291,12 @@ def make_pairs(run: Run, batches: list[Batch], method: str) -> list[Pair]:
 def dpo_step(run: Run, pairs: list[Pair], beta: float) -> float:
     """Add the gradient of [D1], mean over some pairs; return the loss.
 
-    The caller has let the policy speak.
+    The caller has made the policy active.
     """
     total = 0.0
     for pair in pairs:
         with run.model.shared_prefix(pair.prompt) as prefix:
-            logp = log_probs(run, pair.prompt, [pair.best, pair.worst], prefix).sum(1)
+            logp = response_logp(run, pair.prompt, [pair.best, pair.worst], prefix)
             loss = dpo_loss(logp[:1], logp[1:], pair.ref[:1], pair.ref[1:], beta)
             loss = loss.sum() / len(pairs)
             loss.backward()
@@ -305,12 +307,12 @@ def dpo_step(run: Run, pairs: list[Pair], beta: float) -> float:
 def sft_step(run: Run, pairs: list[Pair]) -> float:
     """Add the gradient of [S1], mean over the tokens of some best answers.
 
-    The caller has let the policy speak.
+    The caller has made the policy active.
     """
     total, tokens = 0.0, sum(len(pair.best) for pair in pairs)
     for pair in pairs:
         with run.model.shared_prefix(pair.prompt) as prefix:
-            logp = log_probs(run, pair.prompt, [pair.best], prefix)
+            logp = response_logp(run, pair.prompt, [pair.best], prefix)
             # [S1] L = −mean_t log π(token of the best)
             loss = -logp.sum() / tokens
             loss.backward()
@@ -329,13 +331,15 @@ class Settings:
                          choices=["ppo", "dpo", "sft", "best-of-n"])
     compare: bool = option(False, "run all methods with all --seeds; print the table")
     ablate: bool = option(False, "the same for the parts of GRPO, one by one")
-    search: str = option("", "try this method's settings on the validation prompts")
+    search: bool = option(False, "try four settings of each method on other prompts")
     seeds: str = option("0,1,2", "of --compare and --ablate")
     size: str = option("tiny", "as grpo.py has it", choices=[*grpo.SIZES])
     model: str | None = option(None, "checkpoint folder or Hub name, instead of --size")
     weights: str = option("", "axis=weight,...; unnamed axes keep 1")
     prompts: Path | None = option(None, "JSONL of prompts")
+    system: str | None = option(None, "system message of the policy's prompts")
     reward: str | None = option(None, "reward model folder, or gold (tiny world only)")
+    judge: Path | None = option(None, "second reward model, which only judges")
     steps: int | None = option(None, "P · G responses are sampled in each")
     prompts_per_step: int | None = option(None, "P, prompts a step")
     group_size: int = option(8, "G, responses a prompt")
@@ -357,8 +361,9 @@ class Settings:
                                choices=["float32", "bfloat16"])
 
 
-# By `model.is_tiny` and method. GRPO divides R by its spread in the group and PPO does
-# not, so PPO's β is GRPO's 0.04 times that spread (0.1 to 0.2). The real rows are for
+# By `model.is_tiny` and method. GRPO divides R by the group's std and has its KL beside
+# it in the loss; PPO adds the KL to R and whitens the sum. So PPO's β is GRPO's 0.04
+# times that std (0.1 to 0.2). The real rows are for
 # measuring what a step costs; nothing was searched there.
 DEFAULTS = {
     True: {"ppo": {"lr": 3e-3, "value_lr": 3e-3, "epochs": 2, "beta": 0.006,
@@ -437,7 +442,7 @@ def train_ppo(run: Run, prompts: list[Prompt], s: Settings) -> list[nn.Parameter
                 nn.init.constant_(critic.head.bias, batch.reward.mean().item())
             metrics = grpo.describe(run, batch)
             with clock("values"):
-                old, found = look_back(run, critic, batch, s.beta, s.gamma, s.lam)
+                old, found = make_experience(run, critic, batch, s.beta, s.gamma, s.lam)
             with clock("training"):
                 for _ in range(s.epochs):
                     metrics |= ppo_update(run, critic, batch, old, s.clip)
@@ -460,6 +465,7 @@ def train_on_pairs(run: Run, prompts: list[Prompt],
         for step in range(1, steps + 1):
             clock, started = Clock(), time.perf_counter()
             chosen = grpo.draw_prompts(order, size)
+            # Its B is still zero: the policy's answers are the base's.
             batch = grpo.sample_and_score(run, chosen, step, clock)
             progress.write({"step": step, **grpo.describe(run, batch),
                             "trained_tokens": 0,
@@ -560,34 +566,58 @@ SEARCH = {
 
 def run_all(programs: dict[str, list[str]], seeds: list[int],
             folder: Path) -> dict[str, list[dict]]:
-    """Run every program with every seed, each in a process of its own; summaries.
+    """Run every program with every seed, in processes of their own; summaries.
+
+    As many run at a time as PyTorch would use threads, with one thread each: on small
+    models that is faster than more threads for one, and a figure does not change with
+    the number of cores.
+    """
+    found, stop = {}, threading.Event()
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        started = {pool.submit(run_one, name, program, seed, folder, stop): (name, seed)
+                   for seed in seeds for name, program in programs.items()}
+        try:
+            for end in tqdm(as_completed(started), total=len(started), unit="run",
+                            file=sys.stderr):
+                found[started[end]] = end.result()
+        finally:  # after an error or Ctrl-C, what has not begun does not begin
+            stop.set()
+    return {name: [found[name, seed] for seed in seeds] for name in programs}
+
+
+def run_one(name: str, program: list[str], seed: int, folder: Path,
+            stop: threading.Event) -> dict:
+    """One run's summary; nothing, if another has set `stop`.
 
     A run of the same command that is finished already is not repeated, and one that was
     interrupted goes on (baselines: starts again).
     """
-    found: dict[str, list[dict]] = {name: [] for name in programs}
-    jobs = [(name, seed) for seed in seeds for name in programs]
-    for name, seed in tqdm(jobs, unit="run", file=sys.stderr):
-        out = folder / f"{name.replace(' ', '-').lower()}-{seed}"
-        words = [*programs[name], "--seed", str(seed), "--out", str(out)]
-        said = folder / f"{out.name}.json"
-        require(said.is_file() or not out.exists(), f"{out} is not from such a "
-                "comparison; choose another --out")
-        require(not said.is_file() or read_json(said).get("command") == words,
-                f"{out} is of another command ({said}); choose another --out")
-        if not (out / CHECKSUMS).is_file():
-            write_json(said, {"command": words})
-            if (out / grpo.CONFIG).is_file() and words[0] == "grpo.py":
-                words = ["grpo.py", "--resume", str(out)]
-            else:
+    if stop.is_set():
+        return {}
+    out = folder / f"{name.replace(' ', '-').lower()}-{seed}"
+    words = [*program, "--device", "cpu", "--seed", str(seed), "--out", str(out)]
+    said, printed = (folder / f"{out.name}.{end}" for end in ("json", "txt"))
+    require(said.is_file() or not out.exists(), f"{out} is not from such a comparison; "
+            "choose another --out")
+    require(not said.is_file() or read_json(said).get("command") == words,
+            f"{out} is of another command ({said}); choose another --out")
+    if not (out / CHECKSUMS).is_file():
+        write_json(said, {"command": words})
+        if (out / grpo.CONFIG).is_file() and words[0] == "grpo.py":
+            words = ["grpo.py", "--resume", str(out)]
+        else:
+            with only_writer(out):  # whoever still writes there is left alone
                 shutil.rmtree(out, ignore_errors=True)
-            script = str(Path(__file__).parent / words[0])
+        script = str(Path(__file__).parent / words[0])
+        with open(printed, "w", encoding="utf-8") as file:
             end = subprocess.run([sys.executable, script, *words[1:]], check=False,
-                                 stdout=subprocess.DEVNULL)
-            require(end.returncode == 0, f"{' '.join(words)} ended with status "
-                    f"{end.returncode}; see above")
-        found[name].append(read_json(out / "summary.json"))
-    return found
+                                 stdout=file, stderr=file,
+                                 env=os.environ | {"OMP_NUM_THREADS": "1"})
+        if end.returncode:
+            stop.set()
+        require(end.returncode == 0, f"{' '.join(words)} ended with status "
+                f"{end.returncode}; see {printed}")
+    return read_json(out / "summary.json")
 
 
 def mean_of_axes(scores: dict[str, float]) -> float:
@@ -666,18 +696,19 @@ def compare(s: Settings) -> None:
             f"--seeds {s.seeds}: expected different numbers, such as 0,1,2")
     seeds = [int(word) for word in words]
     folder = s.out or Path("runs") / kind
-    found = run_all(ABLATED if s.ablate else COMPARED, seeds, folder)
-    table = "\n".join(comparison(found))
-    write_whole(folder / "table.md", table + "\n")
-    plot(found, folder / "plot.png")
-    print(table)
-    if s.ablate:
-        run_all(LONG, seeds[:1], folder)
-        drawn = Path(__file__).parent / "results" / "plot.py"
-        run = folder / f"a-long-run-{seeds[0]}"
-        end = subprocess.run([sys.executable, str(drawn), str(run)], check=False)
-        if end.returncode == 0:
-            print(f"learned and gold R over its steps: {run / 'curves.png'}")
+    with only_writer(folder):
+        found = run_all(ABLATED if s.ablate else COMPARED, seeds, folder)
+        table = "\n".join(comparison(found))
+        write_whole(folder / "table.md", table + "\n")
+        plot(found, folder / "plot.png")
+        print(table)
+        if s.ablate:
+            run_all(LONG, seeds[:1], folder)
+            drawn = Path(__file__).parent / "results" / "plot.py"
+            run = folder / f"a-long-run-{seeds[0]}"
+            end = subprocess.run([sys.executable, str(drawn), str(run)], check=False)
+            if end.returncode == 0:
+                print(f"learned and gold R over its steps: {run / 'curves.png'}")
 
 
 def validation_prompts(path: Path, count: int = 64) -> None:
@@ -699,25 +730,30 @@ def validation_prompts(path: Path, count: int = 64) -> None:
 
 
 def search(s: Settings) -> None:
-    """Every setting of SEARCH for one method, judged on the validation prompts."""
-    method, rows = s.search, []
-    require(method in SEARCH, f"--search {method}: one of {', '.join(SEARCH)}")
-    home = s.out or Path("runs") / "search"
-    validation_prompts(home / "validation.jsonl")
-    for number, options in enumerate(SEARCH[method]):
-        words = [word for key, value in options.items()
-                 for word in (f"--{key.replace('_', '-')}", str(value))]
+    """Every setting of SEARCH, judged on the validation prompts: a table a method."""
+    home, programs = s.out or Path("runs") / "search", {}
+    prompts = ["--prompts", str(home / "validation.jsonl")]
+    for method, grid in SEARCH.items():
         program = (["grpo.py"] if method == "grpo"
                    else ["baselines.py", "--method", method])
-        name = " ".join(f"{key}={value}" for key, value in options.items())
-        program += [*words, "--prompts", str(home / "validation.jsonl")]
-        [summary] = run_all({name: program}, [s.seed],
-                            home / method / str(number))[name]
-        rows.append([name, *(summary["after"][who]["R"] for who in
-                             ("gold", "reward_model")), summary["after"]["kl"]])
-    rows.sort(key=lambda row: -row[1])
-    table = format_table(["options", "gold R", "reward model R", "KL"], rows)
-    write_whole(home / f"{method}.txt", table + "\n")
+        for options in grid:
+            name = " ".join([method, *(f"{k}={v}" for k, v in options.items())])
+            programs[name] = [*program, *prompts, *(
+                word for k, v in options.items()
+                for word in (f"--{k.replace('_', '-')}", str(v)))]
+    with only_writer(home):
+        validation_prompts(home / "validation.jsonl")
+        found, lines = run_all(programs, [s.seed], home), []
+    for method in SEARCH:
+        rows = [(name.partition(" ")[2], summary["after"])
+                for name, [summary] in found.items() if name.split()[0] == method]
+        rows.sort(key=lambda row: -row[1]["gold"]["R"])
+        lines += [f"| {method} | gold R | reward model R | KL |", "|---|---|---|---|"]
+        lines += [f"| {name} | {after['gold']['R']:.3f} | "
+                  f"{after['reward_model']['R']:.3f} | {after['kl']:.3f} |"
+                  for name, after in rows] + [""]
+    table = "\n".join(lines)
+    write_whole(home / "table.md", table)
     print(table)
 
 
@@ -737,6 +773,8 @@ def main(argv: list[str] | None = None) -> None:
         (search if s.search else compare)(s)
         return
     s = resolve(s)
+    require(int(os.environ.get("WORLD_SIZE", "1")) == 1, "baselines.py runs in one "
+            "process; start it without torchrun")
     shared = common(s)
     shared = dataclasses.replace(
         shared, out=shared.out or grpo.free_folder(shared, s.method))

@@ -46,7 +46,7 @@ from tqdm import tqdm
 import lora
 import parallel
 import reward_model
-from logprob import CHUNK_NUMBERS, token_statistics
+from logprob import CHUNK_LOGITS, token_statistics
 from model import (
     SIZES,
     TINY,
@@ -231,15 +231,15 @@ def grpo_loss(
     # [E5] min(ρ A, clip(ρ, 1 − ε, 1 + ε) A)
     # Beyond ε, on the side that A pays for, the objective is flat. On the other side
     # the minimum keeps the slope: a token that went the wrong way is pulled back.
-    held = ratio.clamp(1 - clip, 1 + clip) * adv  # (B, C)
-    surrogate = torch.minimum(ratio * adv, held)  # (B, C)
+    clipped = ratio.clamp(1 - clip, 1 + clip) * adv  # (B, C)
+    surrogate = torch.minimum(ratio * adv, clipped)  # (B, C)
     objective = surrogate  # (B, C)
     if beta > 0:
         objective = surrogate - beta * torch.where(
             mask, kl_estimate(logp, logp_ref, kl), 0.0)
     # [E7] J = Σ_b Σ_t weight_bt · (min(ρ A, clip(ρ) A) − β KL);  the loss is −J
     weight = token_weights(mask.to(logp.dtype), loss, rows, tokens, length)  # (B, C)
-    return -(weight * objective).sum(), mask & (held < ratio * adv)
+    return -(weight * objective).sum(), mask & (clipped < ratio * adv)
 
 
 # ----------------------------------------------------------------------- the settings
@@ -356,8 +356,8 @@ def parse_weights(text: str, axes: list[str]) -> Tensor:
 # ----------------------------------------------------------------------------- the loop
 
 # A step, in the order of its parts: `draw_prompts`, `sample_batch`, `score_batch`,
-# `compare`, `reference_hidden`, `train_group` for each prompt, AdamW (`train_batch`).
-# `train_step` and `train`, at the end of this part, put them together.
+# `build_batch`, `reference_hidden`, `train_group` for each prompt, and AdamW
+# (`train_batch`). `train_step` and `train`, at the end of this part, put them together.
 
 # Files of a run folder. The first evaluation is kept until the run is finished.
 CONFIG, BEFORE = "config.json", "before.json"
@@ -459,10 +459,11 @@ def score_batch(run: Run, prompts: list[Prompt], sampled: Rollout) -> Batch:
     scores = torch.stack(parts).float().cpu()  # (P, G, K)
     require(bool(scores.isfinite().all()), "the reward model gave a score that is not "
             "finite; retrain it")
-    return compare(run, prompts, sampled, scores)
+    return build_batch(run, prompts, sampled, scores)
 
 
-def compare(run: Run, prompts: list[Prompt], sampled: Rollout, scores: Tensor) -> Batch:
+def build_batch(run: Run, prompts: list[Prompt], sampled: Rollout,
+                scores: Tensor) -> Batch:
     """From scores (P, G, K) to a batch with its rewards and advantages."""
     s = run.settings
     advantage, alive = make_advantage(scores, run.weights, s.advantage, s.min_std)
@@ -480,10 +481,10 @@ def sample_and_score(run: Run, prompts: list[Prompt], step: int,
             sampled = sample_batch(run, own, step)
         with clock("scoring"):
             batch = score_batch(run, own, sampled)
-    return batch if parallel.size() == 1 else everyones(run, prompts, batch)
+    return batch if parallel.size() == 1 else gather_batch(run, prompts, batch)
 
 
-def everyones(run: Run, prompts: list[Prompt], own: Batch | None) -> Batch:
+def gather_batch(run: Run, prompts: list[Prompt], own: Batch | None) -> Batch:
     """The batch of all prompts, from this process's share of it and the others'.
 
     Each process writes its rows into a table of zeros, and the tables are added up.
@@ -508,8 +509,8 @@ def everyones(run: Run, prompts: list[Prompt], own: Batch | None) -> Batch:
     sampled = Rollout(tokens[:, :used].long(),
                       torch.arange(used, device=table.device) < length,  # (B, C)
                       logp[:, :used].float(), ended[:, 0].bool())
-    return compare(run, prompts, sampled,
-                   scores.float().cpu().unflatten(0, (len(prompts), size)))
+    return build_batch(run, prompts, sampled,
+                       scores.float().cpu().unflatten(0, (len(prompts), size)))
 
 
 def response_hidden(run: Run, prompt: list[int], responses: list[list[int]],
@@ -530,83 +531,83 @@ def response_hidden(run: Run, prompt: list[int], responses: list[list[int]],
     return run.model(ids, prefix), mask
 
 
-@torch.no_grad()
-def reference_hidden(run: Run, batch: Batch, groups: list[int]) -> dict[int, Tensor]:
-    """Hidden states of the bare base, (G, C, D) for some groups: the KL's reference.
-
-    States and not log-probs: the exact KL needs the whole distribution, for which D
-    numbers a token stand instead of V.
-    """
-    hidden = {}
-    with lora.using(run.model, None):
-        for p in groups:
-            prompt, responses = batch.prompts[p].ids, group_rows(run, batch, p)
-            lengths = [len(r) for r in responses]
-            hidden[p] = torch.zeros(
-                len(responses), max(lengths), run.model.config.hidden_size,
-                dtype=run.model.unembed.dtype, device=run.model.device)  # (G, C, D)
-            with run.model.shared_prefix(prompt) as prefix:
-                for part in micro_batches(lengths):
-                    found, mask = response_hidden(
-                        run, prompt, [responses[i] for i in part], prefix)
-                    hidden[p][part, :mask.shape[1]] = found
-    return hidden
-
-
 def group_rows(run: Run, batch: Batch, p: int) -> list[list[int]]:
     """The responses of prompt p."""
     size = run.settings.group_size
     return batch.sampled.responses()[p * size:(p + 1) * size]
 
 
-# What `train_group` adds up over tokens: the exact KL, and what [E5] silenced, too.
+def group_parts(run: Run, batch: Batch,
+                p: int) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+    """The micro-batches of group p, computed with the active adapter.
+
+    Between two of them the caller may run `backward`: see `Qwen.shared_prefix`.
+
+    Yields:
+        rows of the batch (n), `response_hidden` of these (n, C, D), mask (n, C).
+    """
+    prompt, responses = batch.prompts[p].ids, group_rows(run, batch, p)
+    with run.model.shared_prefix(prompt) as prefix:
+        for part in micro_batches([len(r) for r in responses]):
+            found = response_hidden(run, prompt, [responses[i] for i in part], prefix)
+            yield [p * run.settings.group_size + i for i in part], *found
+
+
+@torch.no_grad()
+def reference_hidden(run: Run, batch: Batch, p: int) -> list[Tensor]:
+    """The bare base's hidden states (N, D), a micro-batch each: the KL's reference.
+
+    States and not log-probs: the exact KL needs the whole distribution, for which D
+    numbers a token stand instead of V.
+    """
+    with lora.using(run.model, None):
+        return [hidden[mask] for _, hidden, mask in group_parts(run, batch, p)]
+
+
+# What `train_group` adds up: its loss; and, over its tokens, their number, the entropy,
+# the exact KL to the reference, and how many [E5] silenced.
 SUMS = ("loss", "tokens", "entropy", "kl", "clipped")
 
 
-def train_group(run: Run, batch: Batch, p: int, reference: Tensor | None,
-                logp_old: Tensor | None) -> Tensor:
+def train_group(run: Run, batch: Batch, p: int,
+                reference: list[Tensor] | None) -> Tensor:
     """Add the gradient of one group's share of [E7]; return SUMS over its tokens.
 
     Args:
-        reference: (G, C, D) from `reference_hidden`, or None when beta is 0.
-        logp_old: (G, C) from the sampler; None with one inner step, where the ratio
-            is 1 by definition.
+        reference: from `reference_hidden`, or None when beta is 0.
     """
-    s, prompt, responses = run.settings, batch.prompts[p].ids, group_rows(run, batch, p)
-    advantage = batch.advantage.view(-1, s.group_size)[p].to(run.model.device)  # (G,)
+    s, sums = run.settings, dict.fromkeys(SUMS, 0.0)
     total_tokens = int(batch.sampled.mask.sum())
-    sums = dict.fromkeys(SUMS, 0.0)
-    with run.model.shared_prefix(prompt) as prefix:
-        for part in micro_batches([len(r) for r in responses]):
-            here = [responses[row] for row in part]
-            hidden, mask = response_hidden(run, prompt, here, prefix)  # (n, C, D)
-            where = (part, slice(0, mask.shape[1]))
-            ref = None if reference is None else reference[where][mask]  # (N, D)
-            targets = torch.tensor([t for r in here for t in r], device=hidden.device)
-            stats = token_logs(run, hidden[mask], targets, ref, mask)
-            # With one inner step the policy is the one that sampled: ρ is 1, and ∇ρ is
-            # ∇ log π. Clipping acts from the second inner step on.
-            # The advantages of a group add up to 0, so the loss's *value* says nothing
-            # about progress: watch R.
-            old = stats["logp"].detach() if logp_old is None else logp_old[where]
-            loss, clipped = grpo_loss(
-                stats["logp"], old, stats["logp_ref"], advantage[part], mask,
-                clip=s.clip, beta=s.beta, kl=s.kl, loss=s.loss, rows=len(batch.reward),
-                tokens=total_tokens, length=s.max_new_tokens)
-            require(bool(loss.isfinite()), "the loss is not finite; lower --lr")
-            loss.backward()
-            sums["loss"] += loss.item()
-            sums["tokens"] += len(targets)
-            sums["entropy"] += stats["entropy"].sum().item()
-            sums["clipped"] += clipped.sum().item()
-            if stats["kl"] is not None:
-                sums["kl"] += stats["kl"].sum().item()
+    for i, (rows, hidden, mask) in enumerate(group_parts(run, batch, p)):
+        where = (rows, slice(0, mask.shape[1]))
+        targets = batch.sampled.tokens[where][mask]  # (N,)
+        stats = token_stats(run, hidden[mask], targets, reference and reference[i],
+                            mask)
+        # With one inner step the policy is the one that sampled: ρ is 1, and ∇ρ is
+        # ∇ log π. Clipping acts from the second inner step on.
+        old = (stats["logp"].detach() if s.inner_steps == 1
+               else batch.sampled.logp[where])  # (n, C)
+        advantage = batch.advantage[rows].to(hidden.device)  # (n,)
+        # The advantages of a group add up to 0, so the loss's *value* says nothing
+        # about progress: watch R.
+        loss, clipped = grpo_loss(
+            stats["logp"], old, stats["logp_ref"], advantage, mask, clip=s.clip,
+            beta=s.beta, kl=s.kl, loss=s.loss, rows=len(batch.reward),
+            tokens=total_tokens, length=s.max_new_tokens)
+        require(bool(loss.isfinite()), "the loss is not finite; lower --lr")
+        loss.backward()
+        sums["loss"] += loss.item()
+        sums["tokens"] += len(targets)
+        sums["entropy"] += stats["entropy"].sum().item()
+        sums["clipped"] += clipped.sum().item()
+        if stats["kl"] is not None:
+            sums["kl"] += stats["kl"].sum().item()
     return torch.tensor(list(sums.values()), dtype=torch.float64)
 
 
-def token_logs(run: Run, hidden: Tensor, targets: Tensor, ref: Tensor | None,
-               mask: Tensor) -> dict[str, Tensor | None]:
-    """Log-probs of response tokens from hidden and ref (N, D), targets (N,).
+def token_stats(run: Run, hidden: Tensor, targets: Tensor, ref: Tensor | None,
+                mask: Tensor) -> dict[str, Tensor | None]:
+    """log π and its statistics of response tokens: hidden, ref (N, D), targets (N,).
 
     Returns:
         logp and logp_ref as (n, C), 0 in the padding, since the loss needs rows;
@@ -636,15 +637,13 @@ def train_batch(run: Run, batch: Batch, optimizer: torch.optim.Optimizer,
         return {"grad_norm": 0.0, "trained_tokens": 0}
     groups = [p for p in parallel.share(range(len(batch.prompts))) if p in needed]
     with clock("reference"):
-        reference = reference_hidden(run, batch, groups) if s.beta > 0 else {}
+        reference = {p: reference_hidden(run, batch, p) for p in groups if s.beta > 0}
     parameters = lora.parameters(run.model, "policy")
-    old = batch.sampled.logp.unflatten(0, (-1, s.group_size))  # (P, G, C)
     with clock("training"), lora.using(run.model, "policy"):
         for _ in range(s.inner_steps):
             sums = torch.zeros(len(SUMS), dtype=torch.float64)
             for p in groups:
-                sums += train_group(run, batch, p, reference.get(p),
-                                    None if s.inner_steps == 1 else old[p])
+                sums += train_group(run, batch, p, reference.get(p))
             parallel.add_up_gradients(parameters)
             # To norm 1; the norm before clipping is what metrics.jsonl reports.
             norm = nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -717,7 +716,7 @@ def write_samples(run: Run, batch: Batch, step: int, file) -> None:
             "advantage": round(batch.advantage[row].item(), 4)})
 
 
-def steps_done(run: Run, parameters: list[Tensor],
+def restore(run: Run, parameters: list[Tensor],
                optimizer: torch.optim.Optimizer) -> int:
     """Load the folder's checkpoint, if it has one, and cut the files of lines to it."""
     s, checkpoint, about, done = run.settings, run.folder / CHECKPOINT, {}, 0
@@ -759,7 +758,7 @@ def train(run: Run, prompts: list[Prompt]) -> bool:
     require(trainable > 0, "nothing to train: the adapter has no parameters")
     # No weight decay: the KL term alone holds the policy near the base.
     optimizer = torch.optim.AdamW(parameters, s.lr, weight_decay=0.0)
-    done = steps_done(run, parameters, optimizer)
+    done = restore(run, parameters, optimizer)
     order, due = shuffled(prompts, s.seed), Due(s.save_every)
     for _ in range(done):
         draw_prompts(order, s.prompts_per_step)
@@ -792,9 +791,10 @@ def train(run: Run, prompts: list[Prompt]) -> bool:
             show(bar, run, metrics)
             dead = dead + 1 if metrics["dead_groups"] == 1 else 0
             if dead == DEAD_STEPS and parallel.rank() == 0:
-                bar.write(f"note: no group had a spread in R for {dead} steps; nothing "
-                          "can be learnt from that: raise --temperature or "
-                          "--group-size, or lower --min-std", sys.stderr)
+                bar.write(f"note: for {dead} steps every group was dead (its scores "
+                          "agree within --min-std); nothing can be learnt from that: "
+                          "raise --temperature or --group-size, or lower --min-std",
+                          sys.stderr)
             if asked:
                 break
     return not asked
@@ -861,7 +861,7 @@ def best_rows(run: Run, batch: Batch, group_size: int) -> Batch:
     rows = best + group_size * torch.arange(len(best))
     sampled = Rollout(*(getattr(batch.sampled, f.name)[rows.to(run.model.device)]
                         for f in dataclasses.fields(Rollout)))
-    return compare(run, batch.prompts, sampled, batch.scores[rows][:, None])
+    return build_batch(run, batch.prompts, sampled, batch.scores[rows][:, None])
 
 
 def judged(judge: Callable, batch: Batch) -> Tensor:
@@ -890,17 +890,16 @@ def against_base(run: Run, batch: Batch) -> tuple[float, float]:
     Both at the sampling temperature, as everywhere.
     """
     groups = parallel.share(range(len(batch.prompts)))
-    reference = reference_hidden(run, batch, groups)
     sums = torch.zeros(2, dtype=torch.float64, device=run.model.device)
-    with lora.using(run.model, "policy"):
-        for p in groups:
-            prompt, rows = batch.prompts[p], group_rows(run, batch, p)
-            with run.model.shared_prefix(prompt.ids) as prefix:
-                hidden, mask = response_hidden(run, prompt.ids, rows, prefix)
-            targets = torch.tensor([t for r in rows for t in r], device=hidden.device)
-            stats = token_logs(run, hidden[mask], targets, reference[p][mask], mask)
-            sums[0] += stats["kl"].sum().item()
-            sums[1] -= stats["logp_ref"].sum().item()
+    for p in groups:
+        reference = reference_hidden(run, batch, p)
+        with lora.using(run.model, "policy"):
+            for (rows, hidden, mask), ref in zip(group_parts(run, batch, p), reference,
+                                                 strict=True):
+                targets = batch.sampled.tokens[rows, :mask.shape[1]][mask]
+                stats = token_stats(run, hidden[mask], targets, ref, mask)
+                sums[0] += stats["kl"].sum().item()
+                sums[1] -= stats["logp_ref"].sum().item()
     parallel.add_up(sums)
     return tuple(sums.tolist())
 
@@ -942,8 +941,10 @@ def read_prompts(s: Settings, tokenizer: Tokenizer,
         (held_out if held else train_prompts).append(prompt)
     if not held_out:  # a file without splits: hold out a fifth
         random.Random(0).shuffle(train_prompts)
-        cut = max(1, len(train_prompts) // 5)
-        held_out, train_prompts = train_prompts[:cut], train_prompts[cut:]
+        texts = list(dict.fromkeys(p.text for p in train_prompts))  # no twins
+        cut = set(texts[:max(1, len(texts) // 5)])
+        held_out = [p for p in train_prompts if p.text in cut]
+        train_prompts = [p for p in train_prompts if p.text not in cut]
     require(len(train_prompts) >= s.prompts_per_step, f"{path} has "
             f"{len(train_prompts)} prompts to train on; --prompts-per-step asks for "
             f"{s.prompts_per_step}")
@@ -1116,7 +1117,7 @@ def plan(s: Settings) -> str:
             4 * 4 * adapter,  # fp32: itself, its gradient, AdamW's two moments
             max(cache * dtype.itemsize, activations),  # never held together
             # fp32 log π, π and log ref of a chunk
-            3 * 4 * min(CHUNK_NUMBERS,
+            3 * 4 * min(CHUNK_LOGITS,
                         largest * s.max_new_tokens * config.vocab_size))])
     names = ["base (policy, reference and reward model)", "LoRA and AdamW",
              "sampling or a backward pass, the larger", "a chunk of the vocabulary"]

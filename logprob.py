@@ -9,8 +9,9 @@ autograd would keep several copies. Only one number a token is wanted:
     ∇_h log π(y) = (W_y − Σ_v π(v) W_v) / T = (W_y − E_π[W]) / T
 
 The gradient needs nothing but E_π[W] (D numbers), which the forward pass has at hand
-while a chunk of logits exists. So: two products with W in the forward pass, none in the
-backward pass, nothing recomputed, and no gradient for the frozen head. The same chunk
+while a chunk of logits exists. So: two products with W in the forward pass (one more
+for a reference), none in the backward pass, nothing recomputed, and no gradient for the
+frozen head. The same chunk
 also gives the entropy and the exact KL divergence to a second distribution.
 
 `naive` is the reference that everything is tested against. On a GPU where Triton is
@@ -25,8 +26,8 @@ from torch import Tensor
 
 from model import linear
 
-# Rows of logits held at a time: 32 MB of fp32. Twice as many were slower on a CPU.
-CHUNK_NUMBERS = 8_000_000
+# Logits of a chunk: 8 million are 32 MB of fp32. Twice as many were slower on a CPU.
+CHUNK_LOGITS = 8_000_000
 
 
 def naive(hidden: Tensor, unembed: Tensor, targets: Tensor, temperature: float = 1.0,
@@ -115,7 +116,7 @@ class _TokenStatistics(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, unembed, targets, temperature, valid, entropy, reference):
         need_grad = ctx.needs_input_grad[0]
-        rows = max(1, CHUNK_NUMBERS // unembed.shape[0])
+        rows = max(1, CHUNK_LOGITS // unembed.shape[0])
         parts = []
         for start in range(0, max(1, len(hidden)), rows):  # N = 0: one empty chunk
             here = slice(start, start + rows)
@@ -152,8 +153,8 @@ def _statistics(hidden, unembed, targets, temperature, need_grad, entropy, refer
     if entropy:
         h = -logp_all.mul_(prob).sum(-1)  # H(π) = −Σ π log π; the last use of logp_all
     if need_grad:
-        # (π − e_y) W, not π W − W_y: where π(y) is near 1 the two rows nearly cancel,
-        # and in bf16 their difference would be rounding noise.
+        # ∇_h log π(y) = −(π − e_y) W / T. Not W_y − π W: where π(y) is near 1 the two
+        # rows nearly cancel, and in bf16 their difference would be rounding noise.
         share = prob.scatter_(-1, targets[:, None], logp.expm1()[:, None])
         slope = linear(share.to(unembed.dtype), unembed.T) / -temperature  # (n, D)
     return logp, h, kl, logp_ref, slope

@@ -5,10 +5,11 @@
 (Hu et al., arXiv 2106.09685.) A starts random and B at zero: at step 0 the product BA
 vanishes, and the policy *is* the base model. Only A and B are trained.
 
-One base, three roles: `with using(model, "policy"):` lets the policy speak, `"reward"`
-the reward model, and `None` the bare base, which is GRPO's reference. No second copy of
-the weights exists, and they are never changed: merging (bf16 would drift) is an
-explicit call, `merged`, whose result goes into a new checkpoint.
+One base, several roles: `with using(model, "policy"):` makes it the policy, `"reward"`
+the reward model, and `None` the bare base, which is GRPO's reference (`--judge` and
+PPO's critic add theirs). No second copy of the weights exists, and they are never
+changed: merging (bf16 would drift) is an explicit call, `merged`, whose result goes
+into a new checkpoint.
 """
 
 import contextlib
@@ -36,20 +37,20 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj",
                "gate_proj", "up_proj", "down_proj")
 
 
-class Speaker:
-    """Says which adapter is active; all layers of a model look at the same one."""
+class ActiveAdapter:
+    """Which adapter counts now; all layers of a model look at the same object."""
 
     def __init__(self) -> None:
         self.name: str | None = None
 
 
 class LoRALinear(nn.Module):
-    """A frozen linear layer and its adapters; `speaker` picks the one that counts."""
+    """A frozen linear layer and its adapters, of which at most one is active."""
 
-    def __init__(self, base: nn.Linear, speaker: Speaker) -> None:
+    def __init__(self, base: nn.Linear, active: ActiveAdapter) -> None:
         super().__init__()
         self.base = base
-        self.speaker = speaker
+        self.active = active
         self.lora_A = nn.ParameterDict()  # name → (r, in)
         self.lora_B = nn.ParameterDict()  # name → (out, r)
         self.scale: dict[str, float] = {}
@@ -57,7 +58,7 @@ class LoRALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) → (..., out)."""
         y = self.base(x)
-        name = self.speaker.name
+        name = self.active.name
         if name not in self.scale:
             return y
         # [L1] y = W x + (α / r) · B A x
@@ -82,14 +83,14 @@ def attach(model: Qwen, name: str, rank: int, alpha: float, seed: int = 0,
         UserError: rank < 1, or an adapter of that name is there already.
     """
     require(rank >= 1, f"the LoRA rank is {rank}; it must be at least 1")
-    if not hasattr(model, "speaker"):
-        model.speaker = Speaker()
+    if not hasattr(model, "active"):
+        model.active = ActiveAdapter()
         model.adapters = {}
         for block in model.model.layers:
             for part in (block.self_attn, block.mlp):
                 for projection, layer in list(part.named_children()):
                     if projection in PROJECTIONS:
-                        setattr(part, projection, LoRALinear(layer, model.speaker))
+                        setattr(part, projection, LoRALinear(layer, model.active))
     require(name not in model.adapters, f"there is an adapter {name!r} already")
     depth = depth or model.config.num_hidden_layers
     model.adapters[name] = {"rank": rank, "alpha": alpha, "depth": depth}
@@ -115,7 +116,7 @@ def detach(model: Qwen, name: str) -> None:
 
 @contextlib.contextmanager
 def using(model: Qwen, name: str | None) -> Iterator[None]:
-    """Let adapter `name` speak (None: the bare base) until the block ends.
+    """Make adapter `name` active (None: the bare base) until the block ends.
 
     Raises:
         UserError: there is no such adapter.
@@ -126,11 +127,11 @@ def using(model: Qwen, name: str | None) -> Iterator[None]:
     if not known:
         yield
         return
-    before, model.speaker.name = model.speaker.name, name
+    before, model.active.name = model.active.name, name
     try:
         yield
     finally:
-        model.speaker.name = before
+        model.active.name = before
 
 
 def layers(model: nn.Module, name: str | None = None) -> dict[str, LoRALinear]:
@@ -209,7 +210,7 @@ def load(model: Qwen, name: str, folder: Path) -> None:
                 f"another base model ({config.get('base_model_name_or_path')}); load "
                 "that one with --model")
         tensors = {key: shard.get_tensor(key) for key in shard.keys()}
-    _check_pairs(tensors, rank, path)
+    _check_tensors(model, tensors, rank, path)
     attach(model, name, rank, alpha)
     try:
         _fill(model, name, tensors, path)
@@ -218,37 +219,38 @@ def load(model: Qwen, name: str, folder: Path) -> None:
         raise
 
 
-def _check_pairs(tensors: dict[str, Tensor], rank: int, path: Path) -> None:
-    # Before `attach`, which sets aside room for `rank`. A lost half would go unnoticed:
-    # a B would act on a random A.
-    twins = {"lora_A": "lora_B", "lora_B": "lora_A"}
+def _check_tensors(model: Qwen, tensors: dict[str, Tensor], rank: int,
+                   path: Path) -> None:
+    """Names and shapes, before `attach` sets aside room for `rank`.
+
+    An adapter may leave layers out; but a B without its A would act on a random one.
+    """
+    base, twins = base_parameters(model), {"A": "B", "B": "A"}
+    name = re.compile(r"base_model\.model\.(.+\.(\w+))\.lora_([AB])\.weight")
     require(any(".lora_A." in key for key in tensors), f"{path} holds no tensors of an "
             "adapter")
     for key, weight in tensors.items():
-        if ".lora_A." in key:
-            require(weight.numel() > 0 and weight.shape[:1] == (rank,),
-                    f"{path}: {key} has shape {list(weight.shape)}, "
-                    f"adapter_config.json says r = {rank}")
-        twin = re.sub("lora_[AB]", lambda m: twins[m[0]], key)
+        found = name.fullmatch(key)
+        known = found and found[2] in PROJECTIONS and f"{found[1]}.weight" in base
+        require(bool(known), f"{path} has unknown tensor(s), such as {key}")
+        out, width = base[f"{found[1]}.weight"].shape
+        want = [rank, width] if found[3] == "A" else [out, rank]
+        require(0 < rank <= model.config.hidden_size and list(weight.shape) == want,
+                f"{path}: {key} has shape {list(weight.shape)}, adapter_config.json "
+                f"says r = {rank}, and this base asks for {want}")
+        twin = key.replace(f"lora_{found[3]}.", f"lora_{twins[found[3]]}.")
         require(twin in tensors, f"{path} lacks {twin}")
 
 
+@torch.no_grad()
 def _fill(model: Qwen, name: str, tensors: dict[str, Tensor], path: Path) -> None:
-    expected = {f"base_model.model.{where}.{part}.weight": getattr(layer, part)[name]
-                for where, layer in layers(model, name).items()
-                for part in ("lora_A", "lora_B")}
-    # An adapter may leave layers out; B = 0 there says the same.
-    unknown = tensors.keys() - expected.keys()
-    require(not unknown, f"{path} has unknown tensor(s), such as "
-            f"{min(unknown, default='')}")
-    for key, weight in tensors.items():
-        want = expected[key].shape
-        require(weight.shape == want, f"{path}: {key} has shape {list(weight.shape)}, "
-                f"this base asks for {list(want)}")
-        with torch.no_grad():
-            expected[key].copy_(weight)
-        require(all_finite(expected[key].detach()),
-                f"{path}: {key} holds values that are not finite")
+    for where, layer in layers(model, name).items():
+        for part in ("lora_A", "lora_B"):
+            key = f"base_model.model.{where}.{part}.weight"
+            if key in tensors:  # B = 0 elsewhere says the same as leaving it out
+                getattr(layer, part)[name].copy_(tensors[key])
+                require(all_finite(getattr(layer, part)[name]),
+                        f"{path}: {key} holds values that are not finite")
 
 
 @torch.no_grad()

@@ -402,8 +402,9 @@ class Cache:
 
     def keep(self, rows: Tensor) -> None:
         """Drop all rows but these; finished responses cost nothing."""
-        self.keys = [k[rows] for k in self.keys]
-        self.values = [v[rows] for v in self.values]
+        for parts in (self.keys, self.values):
+            for layer, part in enumerate(parts):  # one at a time: less memory at once
+                parts[layer] = part[rows]
         self.padding = self.padding[rows]
 
     def detached(self) -> "Cache":
@@ -633,17 +634,22 @@ class Tokenizer:
         typed by a person stays ordinary text.
 
         Raises:
-            UserError: the prompt is empty.
+            UserError: the prompt is empty or not UTF-8, or the template is no chat's.
         """
         require(bool(prompt.strip()), "the prompt is empty; write a question")
+        for text in (prompt, system or ""):
+            require(not any("\ud800" <= c <= "\udfff" for c in text), "the text is not "
+                    "UTF-8: it holds bytes that are no letters")
         texts = {"\ue000user\ue001": prompt}
         messages = [{"role": "user", "content": "\ue000user\ue001"}]
         if system is not None:
             texts["\ue000system\ue001"] = system
             messages.insert(0, {"role": "system", "content": "\ue000system\ue001"})
         try:
+            # Qwen3 would think aloud first, and a short answer would be all thought.
             rendered = self.template.render(
-                messages=messages, add_generation_prompt=True, tools=None)
+                messages=messages, add_generation_prompt=True, tools=None,
+                enable_thinking=False)
         except Exception as error:  # a stranger's program may raise anything
             raise UserError(f"the checkpoint's chat template fails: {error}") from error
         require(all(mark in rendered for mark in texts),
@@ -655,6 +661,8 @@ class Tokenizer:
             elif piece:
                 pattern = re.compile("|".join(texts))
                 ids += self.encode(pattern.sub(lambda m: texts[m[0]], piece))
+        require(len(ids) > 1, "the checkpoint's chat template adds nothing to the "
+                "prompt; use an Instruct checkpoint")
         return ids
 
     def _read_template(self, folder: Path) -> jinja2.Template:

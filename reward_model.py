@@ -33,6 +33,7 @@ import os
 import random
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -520,6 +521,18 @@ def bootstrap(predicted: np.ndarray, labels: np.ndarray, prompts: np.ndarray,
     return np.quantile(found, [0.025, 0.975]).tolist()
 
 
+def predictions(scorer: RewardModel, groups: list[Group]) -> Iterator[tuple]:
+    """(axis, predicted, label, number of the prompt) of the rows that have the axis."""
+    predicted = torch.cat([scorer.score(g.prompt, g.responses) for g in groups])
+    predicted, labels = predicted.cpu(), torch.cat([g.labels for g in groups])  # (N, K)
+    prompts = np.repeat(np.arange(len(groups)), [len(g.responses) for g in groups])
+    for k, axis in enumerate(scorer.axes):
+        known = ~labels[:, k].isnan()
+        if known.any():
+            yield (axis, predicted[known, k].double().numpy(),
+                   labels[known, k].double().numpy(), prompts[known.numpy()])
+
+
 def judge(scorer: RewardModel, groups: list[Group]) -> dict[str, dict]:
     """Figures on held-out prompts: per axis Spearman, Pearson, MAE, calibration.
 
@@ -527,18 +540,10 @@ def judge(scorer: RewardModel, groups: list[Group]) -> dict[str, dict]:
     error of always predicting the mean: what any use starts from.
     `calibration`: five bins of predicted score: (rows, mean predicted, mean label).
     """
-    predicted = torch.cat([scorer.score(g.prompt, g.responses) for g in groups])
-    labels = torch.cat([g.labels for g in groups])
-    prompts = np.repeat(np.arange(len(groups)), [len(g.responses) for g in groups])
     report = {}
-    for k, axis in enumerate(scorer.axes):
-        known = ~labels[:, k].isnan()
-        if not known.any():
-            continue
-        p = predicted[known.to(predicted.device), k].double().cpu().numpy()
-        y = labels[known, k].double().numpy()
+    for axis, p, y, prompts in predictions(scorer, groups):
         bins = np.clip((p * 5).astype(int), 0, 4)
-        low, high = bootstrap(p, y, prompts[known.numpy()])
+        low, high = bootstrap(p, y, prompts)
         report[axis] = {
             "rows": len(y), "spearman": spearman(p, y), "low": low, "high": high,
             "pearson": pearson(p, y),
@@ -553,7 +558,8 @@ def judge(scorer: RewardModel, groups: list[Group]) -> dict[str, dict]:
 
 def mean_spearman(scorer: RewardModel, groups: list[Group]) -> float:
     """Over the axes: one figure to choose settings by."""
-    return float(np.mean([a["spearman"] for a in judge(scorer, groups).values()]))
+    found = predictions(scorer, groups)
+    return float(np.mean([spearman(p, y) for _, p, y, _ in found]))
 
 
 def print_report(report: dict[str, dict]) -> None:

@@ -48,6 +48,11 @@ def one_line_errors():
         line = " ".join(str(error).split())
         print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
         sys.exit(2)
+    except torch.OutOfMemoryError:
+        print(f"{Path(sys.argv[0]).name}: error: out of memory; lower --group-size, "
+              "--prompts-per-step or --max-new-tokens (grpo.py --plan tells the need)",
+              file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("\nstopped by the keyboard; nothing more was written", file=sys.stderr)
         sys.exit(130)
@@ -76,6 +81,11 @@ def write_whole(path: Path, content: bytes | str) -> None:
         except BaseException:
             os.unlink(name)
             raise
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the new name, too, outlives a power cut
+        finally:
+            os.close(folder)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; choose another "
                         "folder with --out") from error

@@ -1,12 +1,12 @@
 """Rollouts: G responses for each of P prompts. And a chat for people.
 
-The contract between the sampler and whoever scores its tokens afterwards:
+The contract between the sampler and the trainer, who computes log π again afterwards:
 
 * A response owns the tokens up to its end token, the end token included: `mask` (B, C)
   is True there. Masks come from lengths, never from token ids.
 * `logp` (B, C) is the log-probability under the distribution that was really sampled:
   temperature and the limit of the vocabulary included. There is no top-p or top-k: a
-  scorer that knows only π would disagree with a sampler that had cut its tail.
+  trainer that knows only π would disagree with a sampler that had cut its tail.
 * Row b belongs to prompt p = b // G and is its response g = b % G.
 * All randomness is drawn before decoding, one number a token (`draw_uniforms`), so that
   neither the rows that have ended nor the other prompts of a batch change a draw.
@@ -60,10 +60,11 @@ def draw_uniforms(seed: int, step: int, prompt: int, group_size: int,
     return torch.from_numpy(generator.random((group_size, length)))
 
 
-BLOCK = 1024  # ids in a block of `pick`
+BLOCK = 1024  # ids in a block of `sample_token`
 
 
-def pick(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, Tensor]:
+def sample_token(logits: Tensor, temperature: float,
+                 uniform: Tensor) -> tuple[Tensor, Tensor]:
     """Sample by inverting the cumulative distribution, summed in float64.
 
     Args:
@@ -87,12 +88,13 @@ def pick(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, T
     top = z.amax(-1, keepdim=True)  # (n, 1)
     mass = z.sub_(top).exp_().unflatten(-1, (-1, BLOCK))  # (n, V / BLOCK, BLOCK)
     sums = mass.sum(-1).cumsum(-1, dtype=torch.float64)  # (n, V / BLOCK)
-    target = uniform.to(sums.device)[:, None] * sums[:, -1:]  # (n, 1)
+    target = uniform[:, None] * sums[:, -1:]  # (n, 1)
     block = first_above(sums, target)
     start, end = F.pad(sums, (1, 0)).gather(-1, block), sums.gather(-1, block)
     way = (target - start) / (end - start)  # (n, 1): how far into the block, in [0, 1)
     inside = mass[torch.arange(len(mass)), block[:, 0]].cumsum(-1, dtype=torch.float64)
     ids = block * BLOCK + first_above(inside, way * inside[:, -1:])
+    ids.clamp_(max=logits.shape[1] - 1)  # NaN again: `rollout` refuses it at its end
     chosen = wide.gather(-1, ids) / temperature - top
     return ids[:, 0], (chosen - sums[:, -1:].log())[:, 0].float()
 
@@ -104,7 +106,8 @@ def first_above(sums: Tensor, target: Tensor) -> Tensor:
     the last sum counts as just below it.
     """
     below = torch.nextafter(sums[:, -1:], torch.zeros_like(target))
-    return torch.searchsorted(sums, torch.minimum(target, below), right=True)
+    found = torch.searchsorted(sums, torch.minimum(target, below), right=True)
+    return found.clamp(max=sums.shape[1] - 1)  # beyond the end only where sums are NaN
 
 
 @torch.no_grad()
@@ -115,7 +118,7 @@ def rollout(
     uniforms: Tensor,
     temperature: float = 1.0,
 ) -> Rollout:
-    """Sample G responses for each prompt from whoever is speaking (`lora.using`).
+    """Sample G responses for each prompt from the active adapter (`lora.using`).
 
     All prompts decode in one batch. Each is computed once and its keys and values are
     shared out to its G rows; rows that have ended leave the batch.
@@ -125,14 +128,15 @@ def rollout(
         uniforms: (P, G, C), from `draw_uniforms`.
 
     Raises:
-        UserError: a prompt and C tokens exceed the model's context.
+        UserError: a prompt and C tokens exceed the model's context, or the logits are
+            not finite.
     """
     count, group_size, room = uniforms.shape
     longest, context = max(map(len, prompts)), model.config.max_position_embeddings
     require(longest + room <= context, f"a prompt of {longest} tokens and "
             f"{room} new ones exceed the context of {context}; shorten it")
     rows = count * group_size
-    uniforms = uniforms.reshape(rows, room)
+    uniforms = uniforms.reshape(rows, room).to(model.device)
     tokens = torch.zeros(rows, room, dtype=torch.long, device=model.device)
     logp = torch.zeros(rows, room, device=model.device)
     length = torch.full((rows,), room, device=model.device)
@@ -141,13 +145,14 @@ def rollout(
     unembed = model.unembed[:tokenizer.valid]
 
     cache = model.prefill([p[:-1] for p in prompts]).for_decoding(group_size, room)
+    # A prompt's last token comes in like a sampled one: what follows it is sampled.
     last = torch.tensor([p[-1] for p in prompts], device=model.device)
     last = last.repeat_interleave(group_size)
     active = torch.arange(rows, device=model.device)  # rows that have not ended
     for t in range(room):
         hidden = model(last[:, None], cache)[:, -1]  # (n, D)
         logits = linear(hidden, unembed)  # (n, V)
-        last, chosen = pick(logits, temperature, uniforms[active.cpu(), t])
+        last, chosen = sample_token(logits, temperature, uniforms[active, t])
         tokens[active, t], logp[active, t] = last, chosen
         stop = torch.isin(last, stops)
         if stop.any():
@@ -158,6 +163,8 @@ def rollout(
                 break
             active, last = active[going], last[going]
             cache.keep(going)
+    require(bool(logp.isfinite().all()), "the model's logits are not finite; lower "
+            "--lr, or raise --temperature")
     mask = torch.arange(room, device=model.device) < length[:, None]  # (B, C)
     used = int(length.max())
     return Rollout(tokens[:, :used], mask[:, :used], logp[:, :used], ended)

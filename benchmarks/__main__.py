@@ -163,6 +163,20 @@ def summarise(runs: list[dict]) -> dict:
 # ----------------------------------------------------------------------------- tables
 
 
+def brief(results: dict[str, dict]) -> list[str]:
+    """A line a row, for the main README."""
+    def cell(r: dict) -> str:
+        return f"{r['seconds']:.2f} s, {r['peak_gb']:.2f} GB"
+
+    lines = ["| | ours | the others (seconds over ours) |", "|---|---|---|"]
+    for name, sides in results.items():
+        ours = sides["ours"]
+        others = [f"{side} {cell(r)} ({r['seconds'] / ours['seconds']:.2f} ×)"
+                  for side, r in sides.items() if side != "ours"]
+        lines.append(f"| {name} | {cell(ours)} | {'; '.join(others)} |")
+    return lines
+
+
 def compared(results: dict[str, dict]) -> list[str]:
     """Ours beside the others: seconds, ratio, memory, share of the machine."""
     lines = ["| | who | seconds (low to high) | over ours | tokens/s | peak GB "
@@ -272,7 +286,8 @@ def tables(report: dict) -> str:
              f"{report['sha256']}.")
     parts = [[about], [LEGEND]]
     parts += [make(found) for make, found in
-              ((compared, rest), (phases, steps), (growth, grown)) if found]
+              ((brief, rest), (compared, rest), (phases, steps), (growth, grown))
+              if found]
     return "\n\n".join("\n".join(part) for part in parts) + "\n"
 
 

@@ -145,11 +145,11 @@ def count_flops(run, chosen: list) -> dict[str, float]:
 
     batch = grpo.score_batch(run, chosen, grpo.sample_batch(run, chosen, 99))
     with counter() as counted:
-        reference = grpo.reference_hidden(run, batch, range(len(chosen)))
+        reference = [grpo.reference_hidden(run, batch, p) for p in range(len(chosen))]
     found = {"reference": counted.get_total_flops()}
     with counter() as counted, lora.using(run.model, "policy"):
         for p in range(len(chosen)):
-            grpo.train_group(run, batch, p, reference[p], None)
+            grpo.train_group(run, batch, p, reference[p])
     return found | {"training": counted.get_total_flops()}
 
 

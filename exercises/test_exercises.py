@@ -12,7 +12,7 @@ import torch
 
 import grpo
 from data import rubric
-from lora import LoRALinear, Speaker
+from lora import ActiveAdapter, LoRALinear
 
 HOME = "exercises.answers" if os.environ.get("ANSWERS") else "exercises"
 
@@ -105,9 +105,9 @@ def test_rank_merged_is_what_the_layer_computes():
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator)
 
-    speaker = Speaker()
-    speaker.name = "policy"
-    layer = LoRALinear(torch.nn.Linear(5, 7, bias=False), speaker)
+    active = ActiveAdapter()
+    active.name = "policy"
+    layer = LoRALinear(torch.nn.Linear(5, 7, bias=False), active)
     layer.lora_A["policy"] = torch.nn.Parameter(draw(3, 5))
     layer.lora_B["policy"] = torch.nn.Parameter(draw(7, 3))
     layer.scale["policy"] = 6 / 3

@@ -18,7 +18,9 @@ PLACE = "/*DATA*/null"
 
 def read_lines(path: Path) -> list[dict]:
     """The rows of a JSONL file."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    # Not `splitlines`, which also cuts at U+2028, which a response may hold.
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines if line]
 
 
 def groups(samples: list[dict], size: int) -> list[dict]:

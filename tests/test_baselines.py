@@ -16,6 +16,7 @@
 import collections
 import itertools
 import json
+import re
 import subprocess
 import sys
 import types
@@ -69,11 +70,15 @@ def test_token_rewards_charge_kl_and_pay_at_the_last_token():
     torch.testing.assert_close(found, wanted)
 
 
-def test_whitened_advantages_have_mean_0_and_spread_1_over_the_tokens():
-    white = baselines.whiten(doubles(3, 5), MASK)
+def test_whitened_advantages_have_mean_0_and_std_1_over_the_tokens():
+    plain = doubles(3, 5)
+    white, std = baselines.whiten(plain, MASK), plain[MASK].std(correction=0)
     assert float(white[MASK].mean()) == pytest.approx(0, abs=1e-12)
-    assert float(white[MASK].std(correction=0)) == pytest.approx(1, abs=1e-6)
+    assert float(white[MASK].std(correction=0)) == pytest.approx(
+        float(std / (std + 1e-4)), abs=1e-12)
     assert not white[~MASK].any()
+    # Where all rewards agree, rounding errors do not become advantages of 1.
+    assert baselines.whiten(1 + 1e-9 * plain, MASK).abs().max() < 1e-4
 
 
 def every_response(theta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -166,7 +171,7 @@ def test_a_step_of_ppo_equals_the_naive_one(monkeypatch):
     run_, critic = ppo_run()
     batch = make_batch(run_)
     batch.reward = batch.reward.double()
-    old, _ = baselines.look_back(run_, critic, batch, 0.1, 1.0, 0.95)
+    old, _ = baselines.make_experience(run_, critic, batch, 0.1, 1.0, 0.95)
     losses = baselines.ppo_update(run_, critic, batch, old, 0.2)
     parameters = lora.parameters(run_.model, "policy") + critic.parameters()
     found = torch.cat([p.grad.flatten() for p in parameters])
@@ -356,16 +361,17 @@ def test_an_interrupted_comparison_goes_on(tmp_path, monkeypatch):
     for name, words in programs.items():  # cut short: settings, and no checksums
         out = tmp_path / f"{name.lower()}-0"
         run.write_json(out / "config.json", {})
-        words = [*words, "--seed", "0", "--out", str(out)]
+        words = [*words, "--device", "cpu", "--seed", "0", "--out", str(out)]
         run.write_json(tmp_path / f"{out.name}.json", {"command": words})
     found = baselines.run_all(programs, [0], tmp_path)
-    assert commands == [
-        ["--resume", str(tmp_path / "grpo-0")],
-        ["--method", "ppo", "--seed", "0", "--out", str(tmp_path / "ppo-0")]]
+    assert sorted(commands) == [  # they run side by side
+        ["--method", "ppo", "--device", "cpu", "--seed", "0", "--out",
+         str(tmp_path / "ppo-0")],
+        ["--resume", str(tmp_path / "grpo-0")]]
     assert not (tmp_path / "ppo-0" / "config.json").exists()  # begun again
     assert baselines.run_all(programs, [0], tmp_path) == found
     assert len(commands) == 2
-    programs["GRPO"] = ["grpo.py", "--steps", "3"]
+    programs = {"GRPO": ["grpo.py", "--steps", "3"]}
     with pytest.raises(run.UserError, match="grpo-0 is of another command"):
         baselines.run_all(programs, [0], tmp_path)
     run.write_json(tmp_path / "dpo-0" / "config.json", {})  # somebody's own run
@@ -377,7 +383,7 @@ def test_an_interrupted_comparison_goes_on(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("words", "why"), [
     (["--compare", "--steps", "3"], "--compare does not go with --steps"),
     (["--compare", "--ablate"], "--compare does not go with --ablate"),
-    (["--search", "ppo", "--seeds", "1"], "--search does not go with --seeds"),
+    (["--search", "--seeds", "1"], "--search does not go with --seeds"),
     (["--compare", "--seeds", "0,x"], "--seeds 0,x: expected different numbers"),
     (["--compare", "--seeds", "0,0"], "--seeds 0,0: expected different numbers"),
     (["--ablate", "--seeds", "²"], "--seeds ²: expected different numbers"),
@@ -396,6 +402,53 @@ def test_settings_of_the_comparison_are_among_those_that_were_searched():
                 if method == "grpo" else baselines.DEFAULTS[True][method])
         assert any(all(used.get(key, value) == value for key, value in options.items())
                    for options in grid), method
+
+
+def test_a_run_that_is_still_being_written_is_left_alone(tmp_path):
+    out = tmp_path / "ppo-0"
+    words = ["baselines.py", "--device", "cpu", "--seed", "0", "--out", str(out)]
+    run.write_json(out / "config.json", {})
+    run.write_json(tmp_path / "ppo-0.json", {"command": words})
+    with run.only_writer(out), pytest.raises(run.UserError, match="another process"):
+        baselines.run_all({"PPO": ["baselines.py"]}, [0], tmp_path)
+    assert (out / "config.json").is_file()
+
+
+def test_after_a_failure_no_other_run_begins(tmp_path, monkeypatch):
+    commands = []
+
+    def fail(words, **_):
+        commands.append(words)
+        return types.SimpleNamespace(returncode=1)
+
+    monkeypatch.setattr(baselines.subprocess, "run", fail)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    with pytest.raises(run.UserError, match="ended with status 1"):
+        baselines.run_all({"PPO": ["baselines.py"]}, [0, 1, 2], tmp_path)
+    assert len(commands) == 1
+
+
+def test_a_run_that_fails_ends_the_comparison_in_one_line(tmp_path):
+    programs = {"broken": ["grpo.py", "--weights", "safety=x"]}
+    with pytest.raises(run.UserError, match=r"status 2; see .*broken-0\.txt"):
+        baselines.run_all(programs, [0], tmp_path)
+    assert "safety=x" in (tmp_path / "broken-0.txt").read_text()
+
+
+@pytest.mark.slow
+def test_a_search_tries_all_settings_and_sorts_them_by_the_rubric(tmp_path, monkeypatch,
+                                                                  capsys):
+    monkeypatch.setattr(baselines, "SEARCH", {
+        "grpo": [{"steps": 1, "eval_prompts": 4, "max_new_tokens": 8, "lr": lr}
+                 for lr in (1e-3, 2e-3)],
+        "sft": [{"steps": 1, "eval_prompts": 4, "max_new_tokens": 8}]})
+    baselines.main(["--search", "--out", str(tmp_path)])
+    table = (tmp_path / "table.md").read_text()
+    assert table in capsys.readouterr().out
+    assert len(re.findall(r"^\| steps=1 ", table, re.M)) == 3
+    gold = [float(x) for x in re.findall(r"lr=\S+ \| (\S+)", table)]
+    assert len(gold) == 2
+    assert gold == sorted(gold, reverse=True)
 
 
 @pytest.mark.slow

@@ -88,6 +88,9 @@ def test_a_ratio_is_the_other_sides_seconds_over_ours():
                                       "trl": side | {"seconds": 5.0}}})
     assert "| row | ours | 2.00 (1.00 to 3.00) |  |" in lines[2]
     assert "| row | trl | 5.00 (1.00 to 3.00) | 2.50 × |" in lines[3]
+    [*_, line] = program.brief({"row": {"ours": side | {"seconds": 2.0},
+                                        "trl": side | {"seconds": 5.0}}})
+    assert line == "| row | 2.00 s, 1.00 GB | trl 5.00 s, 1.00 GB (2.50 ×) |"
 
 
 @linux

@@ -535,11 +535,10 @@ def test_gradient_equals_the_naive_reference(loss, kl, beta, monkeypatch):
 
 
 def part_sums(run, batch, p: int) -> dict[str, float]:
-    reference = (grpo.reference_hidden(run, batch, [p]) if run.settings.beta > 0
-                 else {})
-    old = batch.sampled.logp.unflatten(0, (-1, run.settings.group_size))
+    reference = (grpo.reference_hidden(run, batch, p) if run.settings.beta > 0
+                 else None)
     with lora.using(run.model, "policy"):
-        sums = grpo.train_group(run, batch, p, reference.get(p), old[p])
+        sums = grpo.train_group(run, batch, p, reference)
     return dict(zip(grpo.SUMS, sums.tolist(), strict=True))
 
 
@@ -609,7 +608,7 @@ def test_the_samplers_logp_is_the_trainers():
                 run.model.shared_prefix(prompt.ids) as prefix:
             hidden, mask = grpo.response_hidden(run, prompt.ids, rows, prefix)
             targets = torch.tensor([t for r in rows for t in r])
-            logp = grpo.token_logs(run, hidden[mask], targets, None, mask)["logp"]
+            logp = grpo.token_stats(run, hidden[mask], targets, None, mask)["logp"]
         noted = sampled.logp[4 * p:4 * p + 4, :logp.shape[1]]
         assert (logp - noted).abs().max() < 1e-6  # the sampler notes fp32
         for g, row in enumerate(rows):
@@ -968,3 +967,14 @@ def test_a_folder_called_gold_is_not_the_rubric(tmp_path, monkeypatch):
 def test_a_plan_for_an_unknown_model_ends_in_one_line():
     with pytest.raises(UserError, match="no such checkpoint folder: nobody/knows"):
         grpo.main(["--model", "nobody/knows", "--plan"])
+
+
+def test_a_file_without_splits_holds_out_texts_and_not_rows(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"Question {i % 10}?"}) + "\n"
+                            for i in range(20)))
+    settings = grpo.resolve(grpo.Settings(prompts=path, prompts_per_step=1))
+    tokenizer = qwen.Tokenizer(qwen.TINY)
+    trained, held = grpo.read_prompts(settings, tokenizer, 1024)
+    assert (len(trained), len(held)) == (16, 4)  # two texts, each of which stands twice
+    assert not {p.text for p in trained} & {p.text for p in held}

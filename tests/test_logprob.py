@@ -54,7 +54,7 @@ def error(found: Tensor, wanted: Tensor) -> float:
 @pytest.fixture(params=[1, 3 * V, 5 * V, 10 * V, 1000 * V], autouse=True)
 def chunk(request, monkeypatch):
     """Every test runs with chunks of 1, 3 (10 is no multiple), 5, 10 and all rows."""
-    monkeypatch.setattr(logprob, "CHUNK_NUMBERS", request.param)
+    monkeypatch.setattr(logprob, "CHUNK_LOGITS", request.param)
     return request.param
 
 

@@ -1,7 +1,7 @@
 """Claims about lora.py.
 
 * [L1]: a layer is W x + (α / r) B A x, in value and in gradient, and B = 0 is the base.
-* One base, several speakers: adapters never leak into one another, `using` always gives
+* One base, several adapters: adapters never leak into one another, `using` always gives
   the word back, and training moves nothing but the adapter that is trained.
 * An adapter that we saved is the same in PEFT, and PEFT's is the same here.
 * A bad, altered or foreign adapter is refused by name, and leaves nothing behind.
@@ -144,22 +144,22 @@ def test_a_bad_attachment_is_refused(checkpoint, name, rank, message):
 
 def test_using_nests_and_gives_the_word_back_even_after_an_error(checkpoint):
     model = loud(loud(load(checkpoint("qwen2-tied")), "policy"), "reward", seed=2)
-    assert model.speaker.name is None
+    assert model.active.name is None
     with lora.using(model, "policy"):
         with lora.using(model, "reward"):
-            assert model.speaker.name == "reward"
+            assert model.active.name == "reward"
             with lora.using(model, None):
-                assert model.speaker.name is None
-        assert model.speaker.name == "policy"
+                assert model.active.name is None
+        assert model.active.name == "policy"
         with pytest.raises(ZeroDivisionError), lora.using(model, "reward"):
             _ = 1 / 0
-        assert model.speaker.name == "policy"
+        assert model.active.name == "policy"
         known = r"no adapter 'judge'.*\['policy', 'reward'\]"
         with pytest.raises(UserError, match=known):
             with lora.using(model, "judge"):
                 pytest.fail("an unknown adapter spoke")
-        assert model.speaker.name == "policy"
-    assert model.speaker.name is None
+        assert model.active.name == "policy"
+    assert model.active.name is None
 
 
 def test_a_bare_model_speaks_for_itself_and_knows_no_adapter(checkpoint):
@@ -356,6 +356,12 @@ def removed(name: str):
     return apply
 
 
+def thin(folder: Path) -> None:
+    settings(r=1000)(folder)
+    tensors(lambda t: t.update({key: torch.ones(1000, 1) if "lora_A" in key
+                                else torch.ones(1) for key in t}))(folder)
+
+
 REFUSALS = {  # what is wrong → who breaks it so, and what the message must say
     "a flipped bit": (bit_flipped, r"adapter_model\.safetensors is not the file"),
     "no config": (removed("adapter_config.json"), r"cannot read .*adapter_config"),
@@ -368,6 +374,7 @@ REFUSALS = {  # what is wrong → who breaks it so, and what the message must sa
     "more modules": (settings(modules_to_save=["lm_head"]), r"\(modules_to_save\)"),
     "another rank": (settings(r=4), r"has shape \[3, \d+\], .*json says r = 4"),
     "an absurd rank": (settings(r=10**12), "json says r = 1000000000000"),
+    "a large rank in a small file": (thin, r"has shape \[1000, 1\].*r = 1000"),
     "rank 0": (settings(r=0), r"json says r = 0"),
     "rank of text": (settings(r="3"), "r and lora_alpha must be numbers"),
     "no alpha": (settings(lora_alpha=None), "r and lora_alpha must be numbers"),

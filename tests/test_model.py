@@ -144,6 +144,32 @@ def test_control_tokens_that_a_person_types_stay_text(tokenizer, forged):
     assert tokenizer.decode(both).count(forged) == 2  # typed twice, and kept as typed
 
 
+def test_a_model_that_can_think_aloud_is_told_not_to(checkpoint, tmp_path):
+    folder = shutil.copytree(checkpoint("qwen2-tied"), tmp_path / "copy")
+    edit_json(folder / "tokenizer_config.json", chat_template=(
+        "{{ messages[-1]['content'] }}"
+        "{% if enable_thinking | default(true) %}{% else %} no{% endif %}"))
+    tokenizer = qwen.Tokenizer(folder)
+    assert tokenizer.decode(tokenizer.chat("Hi")) == "Hi no"
+
+
+@pytest.mark.parametrize(("prompt", "system", "why"), [
+    ("Hi \udcff", None, "not UTF-8"), ("Hi", "\ud800", "not UTF-8"),
+    ("  \n", None, "the prompt is empty")])
+def test_a_text_that_cannot_be_encoded_is_refused(tokenizer, prompt, system, why):
+    with pytest.raises(UserError, match=why):
+        tokenizer.chat(prompt, system)
+
+
+def test_a_template_that_adds_nothing_is_refused(checkpoint, tmp_path):
+    folder = shutil.copytree(checkpoint("qwen2-tied"), tmp_path / "copy")
+    template("{{ messages[-1]['content'] }}")(folder)
+    tokenizer = qwen.Tokenizer(folder)
+    assert len(tokenizer.encode("a")) == 1
+    with pytest.raises(UserError, match="template adds nothing"):
+        tokenizer.chat("a")
+
+
 def test_place_holders_that_a_person_types_stay_text(tokenizer):
     # The template is rendered with private-use place-holders; typing one fills nothing.
     typed = "\ue000system\ue001 \ue000user\ue001"

@@ -38,9 +38,9 @@ def write_run(folder: Path, advantage: str = "group") -> list[list[list[float]]]
         "axes": {axis: {"mean": 0.5} for axis in AXES}}) + "\n" for step in (1, 2)))
     (folder / "samples.jsonl").write_text("".join(json.dumps({
         "step": step + 1, "prompt": "Why?", "response": f"{NASTY} {i}",
-        "scores": dict(zip(AXES, row, strict=True))}) + "\n"
+        "scores": dict(zip(AXES, row, strict=True))}, ensure_ascii=False) + "\n"
         for step, group in enumerate(scores.tolist())
-        for i, row in enumerate(group)))
+        for i, row in enumerate(group)), encoding="utf-8")
     return scores.tolist()
 
 

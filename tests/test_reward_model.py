@@ -208,7 +208,7 @@ def test_scoring_speaks_as_the_reward_model_and_steps_back():
     wanted = scorer.score(PROMPT, RESPONSES)
     with lora.using(scorer.model, "policy"):
         assert torch.equal(scorer.score(PROMPT, RESPONSES), wanted)
-        assert scorer.model.speaker.name == "policy"
+        assert scorer.model.active.name == "policy"
 
 
 def test_an_untrained_head_gives_one_answer_for_all():

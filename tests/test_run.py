@@ -19,6 +19,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import run
 from run import UserError, option
@@ -309,6 +310,13 @@ def test_keyboard_stops_without_traceback(capsys):
         raise KeyboardInterrupt
     assert caught.value.code == 130  # as shells report SIGINT
     assert "stopped by the keyboard" in capsys.readouterr().err
+
+
+def test_too_little_memory_costs_one_line(capsys):
+    with pytest.raises(SystemExit) as caught, run.one_line_errors():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+    assert caught.value.code == 2
+    assert "lower --group-size" in capsys.readouterr().err
 
 
 def test_our_own_mistakes_are_not_hidden():

@@ -1,7 +1,7 @@
 """Claims about sample.py.
 
-* `pick` inverts the cumulative distribution: against a plain oracle, at both ends of
-  [0, 1), around tokens of probability 0, and in frequency.
+* `sample_token` inverts the cumulative distribution: against a plain oracle, at both
+  ends of [0, 1), around tokens of probability 0, and in frequency.
 * The sampler's log-probs are the scorer's, whatever the temperature, the limit of the
   vocabulary, the adapter that speaks and the lengths of the prompts.
 * Neither the other prompts of a batch nor rows that have left it change a row.
@@ -28,7 +28,7 @@ import sample
 from logprob import token_logprobs
 from model import Config, Qwen, pad_rows
 from run import UserError, one_line_errors, write_checksums
-from sample import BLOCK, draw_uniforms, pick, rollout
+from sample import BLOCK, draw_uniforms, rollout, sample_token
 
 V, VALID = 40, 37
 ALMOST_ONE = 1 - 2**-53  # the largest float64 below 1
@@ -74,7 +74,7 @@ def next_logits(model: Qwen, ids: list[int]) -> Tensor:
     return model.logits(model(torch.tensor([ids])))[0, -1, :VALID]
 
 
-# ------------------------------------------------------------------------------ pick
+# ---------------------------------------------------------------------- sample_token
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
@@ -83,7 +83,7 @@ def test_pick_inverts_the_cdf(temperature):
     logits = 3 * torch.randn(3000, 19, generator=generator)
     u = torch.rand(3000, generator=generator, dtype=torch.float64)
     u[:100], u[100:200] = 0.0, ALMOST_ONE
-    ids, logp = pick(logits, temperature, u)
+    ids, logp = sample_token(logits, temperature, u)
     z = logits.double().numpy() / temperature
     prob = np.exp(z - z.max(1, keepdims=True))
     prob /= prob.sum(1, keepdims=True)
@@ -106,7 +106,7 @@ def test_pick_inverts_the_cdf_over_blocks_of_ids(size):
     u[:50], u[50:100] = 0.0, ALMOST_ONE
     cdf = logits.softmax(-1).cumsum(-1)
     wanted = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True)[:, 0]
-    ids, logp = pick(logits, 1.0, u)
+    ids, logp = sample_token(logits, 1.0, u)
     assert (ids[100:] == wanted[100:]).all()
     assert (ids[:50] == 0).all()
     assert (ids[50:100] == logits.isfinite().nonzero()[-1, 1]).all()
@@ -121,7 +121,7 @@ def test_tokens_of_probability_zero_are_never_picked():
         edges = torch.tensor([0.0, 2**-1074, 0.5 - 2**-53, 0.5, ALMOST_ONE],
                              dtype=torch.float64)
         u = torch.cat([edges, torch.linspace(0, ALMOST_ONE, 1001, dtype=torch.float64)])
-        ids, logp = pick(logits.expand(len(u), 6), 1.0, u)
+        ids, logp = sample_token(logits.expand(len(u), 6), 1.0, u)
         assert set(ids.tolist()) == {1, 4}
         assert (ids[0], ids[2], ids[4]) == (1, 1, 4)
         assert logp == pytest.approx(math.log(0.5))
@@ -129,11 +129,19 @@ def test_tokens_of_probability_zero_are_never_picked():
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(50, 5000, generator=generator)
     logits[:, -10:] = never
-    ids, _ = pick(logits, 1.0, torch.full((50,), ALMOST_ONE, dtype=torch.float64))
+    u = torch.full((50,), ALMOST_ONE, dtype=torch.float64)
+    ids, _ = sample_token(logits, 1.0, u)
     assert (ids == 4989).all()
 
 
 # --------------------------------------------------------------------------- rollout
+
+
+def test_logits_that_are_not_finite_cost_one_line(model, monkeypatch):
+    monkeypatch.setattr(sample, "linear", lambda hidden, head: torch.full(
+        (len(hidden), len(head)), math.nan))
+    with pytest.raises(UserError, match="logits are not finite; lower --lr"):
+        rollout(model, TOKENIZER, PROMPTS[:1], uniforms(3, 4, prompts=1))
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
