@@ -46,7 +46,7 @@ from tqdm import tqdm
 import lora
 import parallel
 import reward_model
-from logprob import CHUNK_LOGITS, token_statistics
+from logprob import BLOCK_LOGITS, token_statistics
 from model import (
     SIZES,
     TINY,
@@ -1116,11 +1116,11 @@ def plan(s: Settings) -> str:
             config.weights * dtype.itemsize,
             4 * 4 * adapter,  # fp32: itself, its gradient, AdamW's two moments
             max(cache * dtype.itemsize, activations),  # never held together
-            # fp32 log π, π and log ref of a chunk
-            3 * 4 * min(CHUNK_LOGITS,
+            # fp32 logits of policy and reference, and exp of the first, of a block
+            3 * 4 * min(BLOCK_LOGITS,
                         largest * s.max_new_tokens * config.vocab_size))])
     names = ["base (policy, reference and reward model)", "LoRA and AdamW",
-             "sampling or a backward pass, the larger", "a chunk of the vocabulary"]
+             "sampling or a backward pass, the larger", "a block of the vocabulary"]
     table = [[name, *(f"{c:.2f}" for c in cells)]
              for name, *cells in zip(names, *columns, strict=True)]
     table.append(["together", *(f"{sum(column):.2f}" for column in columns)])

@@ -8,14 +8,17 @@ autograd would keep several copies. Only one number a token is wanted:
 
     ∇_h log π(y) = (W_y − Σ_v π(v) W_v) / T = (W_y − E_π[W]) / T
 
-The gradient needs nothing but E_π[W] (D numbers), which the forward pass has at hand
-while a chunk of logits exists. So: two products with W in the forward pass (one more
-for a reference), none in the backward pass, nothing recomputed, and no gradient for the
-frozen head. The same chunk
-also gives the entropy and the exact KL divergence to a second distribution.
+The gradient needs nothing but E_π[W] (D numbers), which the forward pass sums up while
+it has the logits. So: two products with W in the forward pass (one more for a
+reference), none in the backward pass, nothing recomputed, and no gradient for the
+frozen head. The same logits give the entropy and the exact KL divergence to a second
+distribution.
+
+Only a block of logits exists at a time: some ids, for all tokens. W is far larger than
+the hidden states, and each row of it is read once a product.
 
 `naive` is the reference that everything is tested against. On a GPU where Triton is
-installed, `logprob_triton.py` computes the same without a chunk of logits in memory.
+installed, `logprob_triton.py` computes the same without any logits in memory.
 """
 
 import importlib.util
@@ -23,11 +26,13 @@ import os
 
 import torch
 from torch import Tensor
+from torch.linalg import vecdot
 
 from model import linear
 
-# Logits of a chunk: 8 million are 32 MB of fp32. Twice as many were slower on a CPU.
-CHUNK_LOGITS = 8_000_000
+# Logits of a block: 8 million are 32 MB of fp32. Twice as many were slower on a CPU.
+BLOCK_LOGITS = 8_000_000
+ROWS = 1024  # tokens at a time; the block is as wide as BLOCK_LOGITS allows
 
 
 def naive(hidden: Tensor, unembed: Tensor, targets: Tensor, temperature: float = 1.0,
@@ -41,7 +46,7 @@ def naive(hidden: Tensor, unembed: Tensor, targets: Tensor, temperature: float =
 def token_logprobs(hidden: Tensor, unembed: Tensor, targets: Tensor,
                    temperature: float = 1.0, valid: int | None = None,
                    backend: str | None = None) -> Tensor:
-    """log π(target) for each hidden state, one chunk of logits at a time.
+    """log π(target) for each hidden state, one block of logits at a time.
 
     Args:
         hidden: (N, D), after the model's last norm.
@@ -111,59 +116,111 @@ def _use_triton(backend: str | None, hidden: Tensor) -> bool:
 
 
 class _TokenStatistics(torch.autograd.Function):
-    """Chunk by chunk; the forward pass saves the slope (W_y − E_π[W]) / T, (N, D)."""
+    """The forward pass saves the gradient (W_y − E_π[W]) / T of every row, (N, D)."""
 
     @staticmethod
     def forward(ctx, hidden, unembed, targets, temperature, valid, entropy, reference):
-        need_grad = ctx.needs_input_grad[0]
-        rows = max(1, CHUNK_LOGITS // unembed.shape[0])
-        parts = []
-        for start in range(0, max(1, len(hidden)), rows):  # N = 0: one empty chunk
-            here = slice(start, start + rows)
+        need_grad, parts = ctx.needs_input_grad[0], []
+        for start in range(0, max(1, len(hidden)), ROWS):  # N = 0: one empty part
+            here = slice(start, start + ROWS)
             ref = None if reference is None else reference[here]
             parts.append(_statistics(hidden[here], unembed[:valid], targets[here],
                                      temperature, need_grad, entropy, ref))
-        logp, h, kl, logp_ref, slope = (
+        logp, h, kl, logp_ref, grad = (
             torch.cat(column) if column[0] is not None else None
             for column in zip(*parts, strict=True))
-        ctx.save_for_backward(slope)
+        ctx.save_for_backward(grad)
         ctx.mark_non_differentiable(*(t for t in (h, kl, logp_ref) if t is not None))
         return logp, h, kl, logp_ref
 
     @staticmethod
     def backward(ctx, grad_logp, _entropy, _kl, _logp_ref):
         # d loss/d h = (d loss/d log π) · (W_y − E_π[W]) / T
-        (slope,) = ctx.saved_tensors  # (N, D)
-        grad = (grad_logp[:, None] * slope).to(slope.dtype)
+        (grad,) = ctx.saved_tensors  # (N, D)
+        grad = (grad_logp[:, None] * grad).to(grad.dtype)
         return grad, None, None, None, None, None, None
 
 
+class _Softmax:
+    """Σ_v exp z_v, from one block of logits (n, w) after the other.
+
+    The largest logit so far is subtracted before exp, which would overflow. When a
+    block brings a larger one, whatever was summed before shrinks by one factor: the
+    online softmax (arXiv 1805.02867). Sums of a row are float64: they cost nothing.
+    """
+
+    def __init__(self, rows: int, like: Tensor) -> None:
+        self.top = like.new_full((rows,), torch.finfo(like.dtype).min)
+        self.total = like.new_zeros(rows, dtype=torch.float64)  # Σ exp(z − top)
+        self.chosen = like.new_zeros(rows)  # z of the target
+
+    def add(self, z: Tensor, place: Tensor, here: Tensor) -> tuple[Tensor, Tensor]:
+        """Take a block of logits; z − top is left in its place.
+
+        Args:
+            place, here: (n,) where in the block the target is, if it is in it.
+
+        Returns:
+            exp(z − top) (n, w), and the factor (n,) by which earlier sums shrink.
+        """
+        self.chosen = torch.where(here, z.gather(-1, place)[:, 0], self.chosen)
+        before, self.top = self.top, torch.maximum(self.top, z.amax(-1))
+        shrink = (before - self.top).double().exp()
+        mass = z.sub_(self.top[:, None]).exp()  # (n, w)
+        self.total = self.total * shrink + mass.sum(-1)
+        return mass, shrink
+
+    def log_total(self) -> Tensor:
+        """log Σ exp z (n,)."""
+        return self.top + self.total.log()
+
+
 def _statistics(hidden, unembed, targets, temperature, need_grad, entropy, reference):
-    """One chunk: logp, entropy, KL, logp_ref (n,) and the slope of logp (n, D)."""
-    logp_all = _log_softmax(hidden, unembed, temperature)  # (n, V)
-    logp = logp_all.gather(-1, targets[:, None]).squeeze(-1)  # (n,)
-    h = kl = logp_ref = slope = None
-    if entropy or need_grad or reference is not None:
-        prob = logp_all.exp()  # (n, V)
+    """Some rows: logp, entropy, KL, logp_ref (n,) and the gradient of logp (n, D)."""
+    like = hidden.new_zeros(0, dtype=_wide(hidden))
+    policy, ref = (_Softmax(len(hidden), like) for _ in range(2))
+    z_mean, gap = torch.zeros_like(policy.total), torch.zeros_like(policy.total)  # (n,)
+    w_mean = like.new_zeros(hidden.shape)  # (n, D)
+    width = max(1, BLOCK_LOGITS // max(1, len(hidden)))
+    for start in range(0, len(unembed), width):
+        block = unembed[start:start + width]  # (w, D)
+        place = (targets - start).clamp(0, len(block) - 1)[:, None]  # (n, 1)
+        here = (targets >= start) & (targets < start + len(block))  # (n,)
+        z = _logits(hidden, block, temperature)  # (n, w)
+        mass, shrink = policy.add(z, place, here)  # exp(z − top)
+        weight = mass.sum(-1)
+        if entropy:  # Σ exp(z − top) z
+            z_mean = z_mean * shrink + vecdot(mass, z) + policy.top * weight
+        if reference is not None:  # Σ exp(z − top) (z − z_ref)
+            z_ref = _logits(reference, block, temperature)
+            ref.add(z_ref, place, here)
+            gap = (gap * shrink - vecdot(mass, z_ref.sub_(z))
+                   + (policy.top - ref.top) * weight)
+        if need_grad:  # Σ_{v ≠ y} exp(z − top) W
+            mass.scatter_(-1, place, mass.gather(-1, place) * ~here[:, None])
+            w_mean *= shrink[:, None].to(w_mean)
+            w_mean += linear(mass.to(block.dtype), block.T)
+    log_total, grad = policy.log_total(), None
+    logp = policy.chosen - log_total
+    h = log_total - z_mean / policy.total if entropy else None  # −Σ π log π
+    kl = logp_ref = None
     if reference is not None:
-        # KL(π ‖ ref) = Σ π (log π − log ref), over the whole vocabulary
-        ref_all = _log_softmax(reference, unembed, temperature)  # (n, V)
-        logp_ref = ref_all.gather(-1, targets[:, None]).squeeze(-1)  # (n,)
-        kl = -ref_all.sub_(logp_all).mul_(prob).sum(-1)
-    if entropy:
-        h = -logp_all.mul_(prob).sum(-1)  # H(π) = −Σ π log π; the last use of logp_all
+        logp_ref = ref.chosen - ref.log_total()
+        # KL(π ‖ ref) = Σ π (log π − log ref)
+        kl = gap / policy.total - log_total + ref.log_total()
     if need_grad:
-        # ∇_h log π(y) = −(π − e_y) W / T. Not W_y − π W: where π(y) is near 1 the two
-        # rows nearly cancel, and in bf16 their difference would be rounding noise.
-        share = prob.scatter_(-1, targets[:, None], logp.expm1()[:, None])
-        slope = linear(share.to(unembed.dtype), unembed.T) / -temperature  # (n, D)
-    return logp, h, kl, logp_ref, slope
+        # ∇_h log π(y) = ((1 − π(y)) W_y − Σ_{v ≠ y} π(v) W_v) / T. Not W_y − E_π[W]:
+        # where π(y) is near 1 the two nearly cancel, and in bf16 leave rounding noise.
+        w_mean = w_mean / policy.total[:, None].to(w_mean)
+        grad = -logp.expm1()[:, None].to(w_mean) * unembed[targets] - w_mean
+        grad = (grad / temperature).to(hidden.dtype)
+    logp, h, kl, logp_ref = (None if x is None else x.to(like)
+                             for x in (logp, h, kl, logp_ref))
+    return logp, h, kl, logp_ref, grad
 
 
-def _log_softmax(hidden: Tensor, unembed: Tensor, temperature: float) -> Tensor:
-    # In place: fresh memory for another chunk costs more than the softmax itself.
-    logits = linear(hidden, unembed).to(_wide(hidden)).div_(temperature)  # (n, V)
-    return torch.log_softmax(logits, -1, out=logits)
+def _logits(hidden: Tensor, block: Tensor, temperature: float) -> Tensor:
+    return linear(hidden, block).to(_wide(hidden)).div_(temperature)  # (n, w)
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

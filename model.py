@@ -181,8 +181,8 @@ def _quotient(raw: dict, over: str, under: str, path: Path) -> int:
 # ---------------------------------------------------------------------------- layers
 
 
-# For smaller weights oneDNN's own preparations cost more than it saves.
-LARGE = 1 << 20
+# Below this, preparing a call costs oneDNN about what it saves.
+LARGE = 3 << 18
 HAS_BOTH = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
 
 

@@ -1,11 +1,11 @@
 """Claims about logprob.py.
 
-* `token_logprobs` is `naive`, in values and gradients, whatever the chunk, the
+* `token_logprobs` is `naive`, in values and gradients, whatever the blocks, the
   temperature and the limit of the vocabulary; and `naive` is torch.distributions.
 * In bf16 the gradient of a confident token is as exact as that of `naive`.
 * Entropy and KL are exact, and asking for them changes nothing else.
 * The head is frozen: it gets no gradient, and asking for one is refused.
-* No more than a chunk of logits exists at a time, and none is kept for `backward`.
+* No more than a block of logits exists at a time, and none is kept for `backward`.
 * Triton is taken on a GPU that it serves; everything works where it is not installed.
 """
 
@@ -51,10 +51,12 @@ def error(found: Tensor, wanted: Tensor) -> float:
     return float((found.double() - wanted.double()).norm() / wanted.double().norm())
 
 
-@pytest.fixture(params=[1, 3 * V, 5 * V, 10 * V, 1000 * V], autouse=True)
-def chunk(request, monkeypatch):
-    """Every test runs with chunks of 1, 3 (10 is no multiple), 5, 10 and all rows."""
-    monkeypatch.setattr(logprob, "CHUNK_LOGITS", request.param)
+@pytest.fixture(params=[(1, 1024), (3 * V, 10), (5 * V, 4), (7 * V, 1024),
+                        (1000 * V, 1024)], autouse=True)
+def block(request, monkeypatch):
+    """Logits of a block and rows of a part: one id at a time, some, the whole head."""
+    monkeypatch.setattr(logprob, "BLOCK_LOGITS", request.param[0])
+    monkeypatch.setattr(logprob, "ROWS", request.param[1])
     return request.param
 
 
@@ -211,7 +213,7 @@ class Largest(TorchDispatchMode):
         return out
 
 
-def test_no_more_than_a_chunk_of_logits_exists(chunk):
+def test_no_more_than_a_block_of_logits_exists(block):
     rows = 400
     hidden, unembed, targets = case(rows=rows)
     saved = []
@@ -222,8 +224,9 @@ def test_no_more_than_a_chunk_of_logits_exists(chunk):
                                 entropy=True, reference=hidden.detach())[0]
         kept = list(saved)  # before `sum` saves anything of its own
         logp.sum().backward()
-    in_chunk = min(rows, max(1, chunk // V)) * V
-    assert ours.numbers == max(in_chunk, rows * D)
+    numbers, part = block[0], min(rows, block[1])
+    in_block = part * min(V, max(1, numbers // part))
+    assert ours.numbers == max(in_block, rows * D)
     assert kept == [(rows, D)]
     with Largest() as reference:
         naive(hidden, unembed, targets)
@@ -286,7 +289,7 @@ def test_on_the_cpu_triton_is_taken_only_when_asked_for(monkeypatch):
         token_logprobs(hidden, unembed, targets, backend="triton")
 
 
-@pytest.mark.parametrize("chunk", [1], indirect=True)  # once is enough
+@pytest.mark.parametrize("block", [(1, 1)], indirect=True)  # once is enough
 def test_works_where_triton_is_not_installed():
     code = """
 import sys

@@ -5,11 +5,14 @@
 * Training needs what it says: two inner steps clip, beta 0 reports no KL, a missing
   reward model is trained first.
 * Bad input ends in one line and exit status 2, without a traceback or a half-made run.
-* slow: the default run aligns (`test_the_default_run_aligns_the_tiny_model`).
+* slow: the default run aligns (`test_the_default_run_aligns_the_tiny_model`); the
+  README's commands run.
 """
 
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -335,6 +338,29 @@ def test_the_default_run_aligns_the_tiny_model(default_run):
     assert after["behaviour"]["benign"].get("refuse", 0) <= 0.02
     assert after["behaviour"]["harmful"].get("refuse_kind_step", 0) >= 0.60
     assert default_run["distinct"] >= 4
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_readme_run(tmp_path):
+    """Those of the tiny model, as they stand there but for fewer steps."""
+    pytest.importorskip("matplotlib")
+    text = (ROOT / "README.md").read_text()
+    typed = [line.partition(" && ")[2] or line for block in
+             re.findall(r"^```sh\n(.*?)^```$", text, re.M | re.S)
+             for line in block.splitlines()]
+    typed += re.findall(r"`(python results/[^`]* RUN)", text)
+    commands = [line.partition("#")[0].strip().replace("RUN", "runs/safety")
+                for line in typed if line.startswith("python ")]
+    commands = [c for c in commands if "DIR" not in c and "--size" not in c]
+    assert len(commands) >= 10
+    for command in commands:
+        _, program, *words = shlex.split(command)
+        trained = program in ("grpo.py", "baselines.py")
+        end = subprocess.run(
+            [sys.executable, str(ROOT / program), *words, *(SHORT if trained else [])],
+            cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert end.returncode == 0, (command, end.stderr[-500:])
+        assert "Traceback" not in end.stderr
 
 
 REAL = os.environ.get("QWEN_DIR")
