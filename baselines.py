@@ -363,8 +363,8 @@ class Settings:
 
 # By `model.is_tiny` and method. GRPO divides R by the group's std and has its KL beside
 # it in the loss; PPO adds the KL to R and whitens the sum. So PPO's β is GRPO's 0.04
-# times that std (0.1 to 0.2). The real rows are for
-# measuring what a step costs; nothing was searched there.
+# times that std (0.1 to 0.2). The real rows are for measuring what a step costs;
+# nothing was searched there.
 DEFAULTS = {
     True: {"ppo": {"lr": 3e-3, "value_lr": 3e-3, "epochs": 2, "beta": 0.006,
                    "lam": 1.0},
@@ -545,7 +545,7 @@ ABLATED = {
     **{f"{axis} alone": ["grpo.py", "--weights", ",".join(
         f"{a}={int(a == axis)}" for a in AXES)] for axis in AXES},
     "GDPO": ["grpo.py", "--advantage", "gdpo"],
-    "no division by the spread": ["grpo.py", "--advantage", "mean-only"],
+    "no division by the std": ["grpo.py", "--advantage", "mean-only"],
     "beta 0": ["grpo.py", "--beta", "0"],
     "PPO at GRPO's updates": ["baselines.py", "--method", "ppo", "--epochs", "1"],
 }
@@ -568,9 +568,9 @@ def run_all(programs: dict[str, list[str]], seeds: list[int],
             folder: Path) -> dict[str, list[dict]]:
     """Run every program with every seed, in processes of their own; summaries.
 
-    As many run at a time as PyTorch would use threads, with one thread each: on small
-    models that is faster than more threads for one, and a figure does not change with
-    the number of cores.
+    As many run at a time as PyTorch would use threads, on the CPU with one thread each:
+    on small models that is faster than more threads for one, and no score changes with
+    the number of cores. Seconds may: the runs share memory and cache.
     """
     found, stop = {}, threading.Event()
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
@@ -650,8 +650,9 @@ def comparison(found: dict[str, list[dict]]) -> list[str]:
             [a["behaviour"][side].get(kind, 0.0) for a in after], ".0%")
             for side, kind in (("harmful", "refuse_kind_step"), ("benign", "refuse"))]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    lines += ["", "| method | training seconds | peak GB | sampled tokens | trained "
-              "tokens | trained parameters | sampled tokens an answer, in use |",
+    lines += ["", "| method | training seconds, side by side | peak GB | sampled "
+              "tokens | trained tokens | trained parameters | sampled tokens an "
+              "answer, in use |",
               "|" + "---|" * 7]
     for name, runs in found.items():
         cells = [mean_and_deviation([r["training_seconds"] for r in runs], ".0f"),

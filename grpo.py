@@ -109,7 +109,7 @@ def group_advantage(reward: Tensor, min_std: float = 1e-3,
 
     Args:
         reward: (P, G), one row a prompt.
-        min_std: a group with less spread is dead: all its advantages are 0, and only
+        min_std: a group with a smaller std is dead: all its advantages are 0, and only
             the KL term, if there is one, still trains on it.
         divide: False keeps the numerator only (Dr. GRPO, arXiv 2503.20783).
 
@@ -133,13 +133,13 @@ def make_advantage(scores: Tensor, weights: Tensor, kind: str = "group",
 
     Args:
         kind: "group" normalises the weighted sum, as the paper does; "mean-only" does
-            not divide by its spread; "gdpo" normalises every axis before the sum.
+            not divide by its std; "gdpo" normalises every axis before the sum.
     """
     if kind != "gdpo":
         return group_advantage(combine(scores, weights), min_std, kind == "group")
     # DEVIATES [E3]: A = Σ_k w_k A_k / Σ_k w_k with A_k from axis k alone (GDPO, arXiv
     # 2601.05242, without its second normalisation over the batch). In the weighted sum
-    # the axis with the widest spread decides the order of the group; here each axis
+    # the axis with the largest std decides the order of the group; here each axis
     # has the say that its weight gives it.
     parts = [group_advantage(axis, min_std) for axis in scores.unbind(-1)]  # (P, G)
     advantage = combine(torch.stack([a for a, _ in parts], -1), weights)  # (P, G)
@@ -279,8 +279,8 @@ class Settings:
     advantage: str = option("group", "group; gdpo (TRL: multi_objective_aggregation "
                             "normalize_then_sum); mean-only (TRL: scale_rewards none)",
                             choices=["group", "gdpo", "mean-only"])
-    min_std: float = option(1e-3, "a group (with gdpo: an axis of it) with less spread "
-                            "is dead")
+    min_std: float = option(1e-3, "a group (with gdpo: an axis of it) with a smaller "
+                            "std is dead")
     eval_prompts: int | None = option(None, "held-out prompts, before and after")
     seed: int = option(0, "of adapter, prompts and sampling")
     out: Path | None = option(None, "run folder (default: the next free runs/NAME)")
@@ -312,7 +312,7 @@ def resolve(settings: Settings, smallest_group: int = 2) -> Settings:
     changes = {k: v for k, v in values.items() if getattr(settings, k) is None}
     if settings.loss == "dr_grpo":
         # Its authors' whole recipe: no std and a constant length.
-        require(settings.advantage != "gdpo", "--loss dr_grpo divides by no spread; "
+        require(settings.advantage != "gdpo", "--loss dr_grpo divides by no std; "
                 "it does not go with --advantage gdpo")
         changes["advantage"] = "mean-only"
     device = pick_device(settings.device)
@@ -475,7 +475,7 @@ def build_batch(run: Run, prompts: list[Prompt], sampled: Rollout,
 def sample_and_score(run: Run, prompts: list[Prompt], step: int,
                      clock: Clock) -> Batch:
     """Responses and scores; with several processes, each makes those of its share."""
-    own, batch = parallel.share(prompts), None
+    own, batch = parallel.shard(prompts), None
     if own:
         with clock("sampling"):
             sampled = sample_batch(run, own, step)
@@ -500,10 +500,10 @@ def gather_batch(run: Run, prompts: list[Prompt], own: Batch | None) -> Batch:
                         for t in (rows.tokens, rows.logp))
         columns = [tokens, logp, rows.mask.sum(1, keepdim=True), rows.ended[:, None],
                    own.scores]
-        mine = parallel.share(range(len(prompts)))
+        mine = parallel.shard(range(len(prompts)))
         table[mine] = torch.cat([c.to(table) for c in columns], 1).unflatten(
             0, (len(mine), size))
-    parallel.add_up(table)
+    parallel.all_reduce(table)
     tokens, logp, length, ended, scores = table.flatten(0, 1).split(parts, 1)
     used = int(length.max())
     sampled = Rollout(tokens[:, :used].long(),
@@ -635,7 +635,7 @@ def train_batch(run: Run, batch: Batch, optimizer: torch.optim.Optimizer,
     needed = [p for p in range(len(batch.prompts)) if s.beta > 0 or batch.alive[p]]
     if not needed:
         return {"grad_norm": 0.0, "trained_tokens": 0}
-    groups = [p for p in parallel.share(range(len(batch.prompts))) if p in needed]
+    groups = [p for p in parallel.shard(range(len(batch.prompts))) if p in needed]
     with clock("reference"):
         reference = {p: reference_hidden(run, batch, p) for p in groups if s.beta > 0}
     parameters = lora.parameters(run.model, "policy")
@@ -644,14 +644,14 @@ def train_batch(run: Run, batch: Batch, optimizer: torch.optim.Optimizer,
             sums = torch.zeros(len(SUMS), dtype=torch.float64)
             for p in groups:
                 sums += train_group(run, batch, p, reference.get(p))
-            parallel.add_up_gradients(parameters)
+            parallel.all_reduce_gradients(parameters)
             # To norm 1; the norm before clipping is what metrics.jsonl reports.
             norm = nn.utils.clip_grad_norm_(parameters, 1.0)
             require(bool(norm.isfinite()), "the gradient is not finite; lower --lr")
             optimizer.step()
             optimizer.zero_grad()
     sums = sums.to(run.model.device)
-    parallel.add_up(sums)
+    parallel.all_reduce(sums)
     loss, tokens, entropy, kl, clipped = sums.tolist()
     metrics = {"loss": loss, "grad_norm": norm.item(), "entropy": entropy / tokens,
                "clip_share": clipped / tokens,
@@ -717,7 +717,7 @@ def write_samples(run: Run, batch: Batch, step: int, file) -> None:
 
 
 def restore(run: Run, parameters: list[Tensor],
-               optimizer: torch.optim.Optimizer) -> int:
+            optimizer: torch.optim.Optimizer) -> int:
     """Load the folder's checkpoint, if it has one, and cut the files of lines to it."""
     s, checkpoint, about, done = run.settings, run.folder / CHECKPOINT, {}, 0
     if checkpoint.is_file():
@@ -775,7 +775,7 @@ def train(run: Run, prompts: list[Prompt]) -> bool:
             require_movement(run, step, metrics)
             # A signal may reach one process a step before the others.
             signals = torch.tensor(float(stop.asked), device=run.model.device)
-            parallel.add_up(signals)
+            parallel.all_reduce(signals)
             asked = bool(signals)
             if parallel.rank() == 0:
                 append_line(metrics_file, metrics)
@@ -867,10 +867,10 @@ def best_rows(run: Run, batch: Batch, group_size: int) -> Batch:
 def judged(judge: Callable, batch: Batch) -> Tensor:
     """Scores (n, K) of one response a prompt; each process judges its share."""
     rows, scores = batch.sampled.responses(), torch.zeros_like(batch.scores)
-    for p in parallel.share(range(len(rows))):
+    for p in parallel.shard(range(len(rows))):
         scores[p] = judge(batch.prompts[p], [rows[p]])[0].float().cpu()
     scores = scores.to(batch.sampled.tokens.device)
-    parallel.add_up(scores)
+    parallel.all_reduce(scores)
     return scores.cpu()
 
 
@@ -889,7 +889,7 @@ def against_base(run: Run, batch: Batch) -> tuple[float, float]:
 
     Both at the sampling temperature, as everywhere.
     """
-    groups = parallel.share(range(len(batch.prompts)))
+    groups = parallel.shard(range(len(batch.prompts)))
     sums = torch.zeros(2, dtype=torch.float64, device=run.model.device)
     for p in groups:
         reference = reference_hidden(run, batch, p)
@@ -900,7 +900,7 @@ def against_base(run: Run, batch: Batch) -> tuple[float, float]:
                 stats = token_stats(run, hidden[mask], targets, ref, mask)
                 sums[0] += stats["kl"].sum().item()
                 sums[1] -= stats["logp_ref"].sum().item()
-    parallel.add_up(sums)
+    parallel.all_reduce(sums)
     return tuple(sums.tolist())
 
 
@@ -1068,7 +1068,7 @@ def free_folder(s: Settings, method: str = "") -> Path:
         number += 1
     # The first process decides: when another looks, the folder may be there already.
     chosen = torch.tensor(0 if parallel.rank() else number, device=s.device)
-    parallel.add_up(chosen)
+    parallel.all_reduce(chosen)
     number = int(chosen)
     return folder()
 
@@ -1113,18 +1113,18 @@ def plan(s: Settings) -> str:
         cache = (rows * (size + s.max_new_tokens) * 2 * config.num_hidden_layers
                  * config.num_key_value_heads * config.head_dim)
         columns.append([x / 1e9 for x in (
-            config.weights * dtype.itemsize,
+            config.num_parameters * dtype.itemsize,
             4 * 4 * adapter,  # fp32: itself, its gradient, AdamW's two moments
             max(cache * dtype.itemsize, activations),  # never held together
-            # fp32 logits of policy and reference, and exp of the first, of a block
-            3 * 4 * min(BLOCK_LOGITS,
+            # fp32 logits of policy and reference, and exp of both, of a block
+            4 * 4 * min(BLOCK_LOGITS,
                         largest * s.max_new_tokens * config.vocab_size))])
     names = ["base (policy, reference and reward model)", "LoRA and AdamW",
              "sampling or a backward pass, the larger", "a block of the vocabulary"]
     table = [[name, *(f"{c:.2f}" for c in cells)]
              for name, *cells in zip(names, *columns, strict=True)]
     table.append(["together", *(f"{sum(column):.2f}" for column in columns)])
-    return (f"{base_name(s.model)}: {config.weights / 1e9:.2f} billion weights; "
+    return (f"{base_name(s.model)}: {config.num_parameters / 1e9:.2f} billion weights; "
             f"{s.prompts_per_step} prompts of {size} tokens × {s.group_size} responses "
             f"of {s.max_new_tokens}, rank {s.rank}\n"
             + format_table(["GB (10^9 bytes)", "float32", "bfloat16"], table))

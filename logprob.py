@@ -14,8 +14,8 @@ reference), none in the backward pass, nothing recomputed, and no gradient for t
 frozen head. The same logits give the entropy and the exact KL divergence to a second
 distribution.
 
-Only a block of logits exists at a time: some ids, for all tokens. W is far larger than
-the hidden states, and each row of it is read once a product.
+Only a block of logits exists at a time: some ids, for up to 1,024 tokens. W is far
+larger than their hidden states, and a product reads it once for all of them.
 
 `naive` is the reference that everything is tested against. On a GPU where Triton is
 installed, `logprob_triton.py` computes the same without any logits in memory.
@@ -158,7 +158,8 @@ class _Softmax:
         """Take a block of logits; z − top is left in its place.
 
         Args:
-            place, here: (n,) where in the block the target is, if it is in it.
+            place: (n, 1) the target's column in this block.
+            here: (n,) whether the target is in this block at all.
 
         Returns:
             exp(z − top) (n, w), and the factor (n,) by which earlier sums shrink.
@@ -178,6 +179,7 @@ class _Softmax:
 def _statistics(hidden, unembed, targets, temperature, need_grad, entropy, reference):
     """Some rows: logp, entropy, KL, logp_ref (n,) and the gradient of logp (n, D)."""
     like = hidden.new_zeros(0, dtype=_wide(hidden))
+    w_y = unembed[targets]  # (n, D); a target that is not valid ends here
     policy, ref = (_Softmax(len(hidden), like) for _ in range(2))
     z_mean, gap = torch.zeros_like(policy.total), torch.zeros_like(policy.total)  # (n,)
     w_mean = like.new_zeros(hidden.shape)  # (n, D)
@@ -212,7 +214,7 @@ def _statistics(hidden, unembed, targets, temperature, need_grad, entropy, refer
         # ∇_h log π(y) = ((1 − π(y)) W_y − Σ_{v ≠ y} π(v) W_v) / T. Not W_y − E_π[W]:
         # where π(y) is near 1 the two nearly cancel, and in bf16 leave rounding noise.
         w_mean = w_mean / policy.total[:, None].to(w_mean)
-        grad = -logp.expm1()[:, None].to(w_mean) * unembed[targets] - w_mean
+        grad = -logp.expm1()[:, None].to(w_mean) * w_y - w_mean
         grad = (grad / temperature).to(hidden.dtype)
     logp, h, kl, logp_ref = (None if x is None else x.to(like)
                              for x in (logp, h, kl, logp_ref))

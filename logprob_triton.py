@@ -1,10 +1,11 @@
 """log π(token) in Triton: on a GPU, the forward pass writes no logits to memory.
 
-`logprob.py` writes a chunk of logits and reads it several times: for the softmax, the
-entropy, the KL. Here a program holds a block of logits (rows × ids) in registers, takes
-from it what is wanted and goes on to the next ids. All that a softmax needs of the past
-is the largest logit m and a sum s relative to it (the "online softmax", arXiv
-1805.02867, algorithm 3); with the logits z = W h / T of the next block
+`logprob.py` writes a block of logits and reads it several times: for the softmax, the
+entropy, the KL. Here a Triton program (one instance of the kernel, as CUDA has thread
+blocks) holds a block of logits (rows × ids) in registers, takes from it what is wanted
+and goes on to the next ids. As there, a softmax needs of the past only the largest
+logit m and a sum s relative to it (the "online softmax", arXiv 1805.02867, algorithm
+3); with the logits z = W h / T of the next block
 
     m' = max(m, max_v z_v)        s' = s exp(m − m') + Σ_v exp(z_v − m')
 
@@ -23,8 +24,9 @@ backward pass computes the logits again, block by block, each for itself:
     ∇_h log π(y) = Σ_v (1[v = y] − π(v)) W_v / T,     π(v) = exp(z_v − lse)
 
 It takes the vocabulary in slabs: a kernel writes the bracket for the ids of a slab, and
-an ordinary matrix product adds what they contribute. These are three products with W
-where `logprob.py` has two, and one in both where no gradient is wanted.
+an ordinary matrix product adds what they contribute. That makes three products with W
+where a gradient is wanted (`logprob.py`: two), and one where none is; a reference adds
+one.
 
 `logprob.py` imports this file when it has chosen it, and nobody else does: triton is
 optional. With TRITON_INTERPRET=1 the kernels run on the CPU, in Triton's interpreter.
@@ -38,7 +40,8 @@ from torch import Tensor
 # Programs of the forward pass. A large GPU has 100 to 150 multiprocessors; when there
 # are fewer blocks of rows than this, several programs share a block's vocabulary.
 PROGRAMS = 512
-# Numbers in a slab: 32 MB of bf16, so that the product may find it in a GPU's L2 cache.
+# Entries of ∂ log π/∂z (N, ids) for one slab of ids: 32 MB of bf16, so that the product
+# may find them in a GPU's L2 cache.
 SLAB_NUMBERS = 16_000_000
 # The interpreter's `tl.dot` takes bf16 for integers (it has no such type); products of
 # two bf16 numbers are exact in fp32, so it may as well compute there.
@@ -80,13 +83,14 @@ class _TokenStatistics(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_logp, _entropy, _kl, _logp_ref):
         hidden, unembed, targets, lse, logp = ctx.saved_tensors
-        width = max(128, SLAB_NUMBERS // max(1, len(hidden)) // 128 * 128)
-        slope = torch.zeros_like(hidden, dtype=torch.float32)  # (N, D)
-        for first in range(0, len(unembed), width):
-            slab = unembed[first:first + width]
-            share = _share(hidden, slab, targets - first, lse, logp, ctx.temperature)
-            slope += share @ slab  # a slab's product is rounded, their sum is not
-        grad = slope * (grad_logp / ctx.temperature)[:, None]
+        ids = max(128, SLAB_NUMBERS // max(1, len(hidden)) // 128 * 128)
+        grad = torch.zeros_like(hidden, dtype=torch.float32)  # (N, D)
+        for first in range(0, len(unembed), ids):
+            slab = unembed[first:first + ids]
+            dlogits = _dlogits(hidden, slab, targets - first, lse, logp,
+                               ctx.temperature)
+            grad += dlogits @ slab  # a slab's product is rounded, their sum is not
+        grad *= (grad_logp / ctx.temperature)[:, None]
         return grad.to(hidden.dtype), None, None, None, None, None
 
 
@@ -121,6 +125,7 @@ def _forward(hidden, reference, head, targets, out, N, V, D, T, ids_per_part,
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     first = tl.program_id(1) * ids_per_part
     y = tl.load(targets + n, n < N, 0)
+    # peak is m, total s; moment Σ e^(z − m) z, gap Σ e^(z − m) (z − z_ref)
     peak = tl.full((BLOCK_N,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_N,), tl.float32)
     moment, gap, ref_total = total, total, total
@@ -135,7 +140,7 @@ def _forward(hidden, reference, head, targets, out, N, V, D, T, ids_per_part,
         rescale = tl.exp(peak - new_peak)
         weight = tl.exp(seen - new_peak[:, None])
         total = total * rescale + tl.sum(weight, 1)
-        moment = moment * rescale + tl.sum(weight * z, 1)  # z: 0 · −∞ is not 0
+        moment = moment * rescale + tl.sum(weight * z, 1)  # z, not seen: 0 · −∞ is NaN
         is_y = v[None, :] == y[:, None]
         z_y = tl.maximum(z_y, tl.max(tl.where(is_y, seen, float("-inf")), 1))
         if REFERENCE:
@@ -163,18 +168,18 @@ def _forward(hidden, reference, head, targets, out, N, V, D, T, ids_per_part,
 
 
 @triton.jit
-def _share_block(hidden, head, targets, lse, rest, out, N, V, D, T,
-                 BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr):
+def _dlogits_block(hidden, head, targets, lse, one_minus_p, out, N, V, D, T,
+                   BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr):
     """out (N, V) = 1[v = y] − π(v), one block of it."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     y = tl.load(targets + n, n < N, 0)
     z = _logits(hidden, head, n, v, N, V, D, T, BLOCK_D)
     prob = tl.exp(z - tl.load(lse + n, n < N, 0.0)[:, None])
-    share = tl.where(v[None, :] == y[:, None],
-                     tl.load(rest + n, n < N, 0.0)[:, None], -prob)
+    at_y = tl.load(one_minus_p + n, n < N, 0.0)[:, None]
+    dlogits = tl.where(v[None, :] == y[:, None], at_y, -prob).to(out.dtype.element_ty)
     place = out + n.to(tl.int64)[:, None] * V + v[None, :]
-    tl.store(place, share.to(out.dtype.element_ty), (n < N)[:, None] & (v < V)[None, :])
+    tl.store(place, dlogits, (n < N)[:, None] & (v < V)[None, :])
 
 
 # -------------------------------------------------------------------------- launches
@@ -224,21 +229,21 @@ def _combine(parts: Tensor) -> tuple[Tensor | None, ...]:
     return logp, lse, entropy, kl, logp_ref
 
 
-def _share(hidden, slab, targets, lse, logp, temperature) -> Tensor:
+def _dlogits(hidden, slab, targets, lse, logp, temperature) -> Tensor:
     """1[v = y] − π(v) for the ids of a slab (ids, D): (N, ids) in the head's type.
 
     At v = y it is 1 − π(y) from `expm1`: near π(y) = 1 nothing cancels, and it is
     rounded to bf16 after the subtraction, not before.
     """
     (rows, width), ids = hidden.shape, len(slab)
-    share = slab.new_empty(rows, ids)
+    dlogits = slab.new_empty(rows, ids)
     blocks = _blocks(hidden.dtype)
     grid = (triton.cdiv(rows, blocks["BLOCK_N"]), triton.cdiv(ids, blocks["BLOCK_V"]))
     if rows:
         with torch.cuda.device_of(hidden):
-            _share_block[grid](hidden, slab, targets, lse, -logp.expm1(), share,
-                               rows, ids, width, float(temperature), **blocks)
-    return share
+            _dlogits_block[grid](hidden, slab, targets, lse, -logp.expm1(), dlogits,
+                                 rows, ids, width, float(temperature), **blocks)
+    return dlogits
 
 
 def _blocks(dtype: torch.dtype) -> dict[str, int]:

@@ -82,7 +82,8 @@ def attach(model: Qwen, name: str, rank: int, alpha: float, seed: int = 0,
     Raises:
         UserError: rank < 1, or an adapter of that name is there already.
     """
-    require(rank >= 1, f"the LoRA rank is {rank}; it must be at least 1")
+    widest = model.config.hidden_size  # a side of every projection: no higher rank
+    require(1 <= rank <= widest, f"the LoRA rank is {rank}; it must be 1 to {widest}")
     if not hasattr(model, "active"):
         model.active = ActiveAdapter()
         model.adapters = {}

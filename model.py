@@ -7,14 +7,15 @@ attention with rotary positions, RMSNorm, SwiGLU.
 What differs from the Hugging Face implementation, on purpose:
 
 * `forward` returns hidden states, not logits. (tokens × vocabulary) is by far the
-  largest tensor of training; `logprob.py` never builds it, so nobody may by accident.
+  largest tensor of training; `logprob.py` never builds it, and whoever wants it has to
+  ask `Qwen.logits` by name.
 * A prompt is computed once. `prefill` returns the keys and values of a prompt, and any
   number of rows attend to them, in sampling, scoring and training (`shared_prefix`).
 * Nothing depends on padding: rows are padded on the right, where causal attention
   cannot look, and prompts on the left, where a mask hides them.
 
-Shapes: B rows, T tokens, S tokens of the prefix, D width, Hq query heads, Hkv key and
-value heads, Dh head size, V vocabulary. README.md has the whole list.
+Shapes: P prompts, G responses of C tokens each, B rows, T tokens, S tokens of the
+prefix, D width, Hq query heads, Hkv key and value heads, Dh head size, V vocabulary.
 """
 
 import contextlib
@@ -68,7 +69,7 @@ def pick_device(name: str | None) -> str:
     known = {"cpu"} | ({"cuda"} if torch.cuda.is_available() else set())
     require(name is None or name in known, f"--device {name}: there is no such device; "
             f"this machine has {' and '.join(sorted(known))}")
-    return name or max(known)  # "cuda" > "cpu"
+    return name or ("cuda" if "cuda" in known else "cpu")
 
 
 def base_name(source: str | Path) -> str:
@@ -107,7 +108,7 @@ class Config:
         return self.model_type == "qwen3"
 
     @property
-    def weights(self) -> int:
+    def num_parameters(self) -> int:
         """How many numbers the checkpoint holds, known before any tensor is made."""
         width, size = self.hidden_size, self.head_dim
         q, kv = self.num_attention_heads * size, self.num_key_value_heads * size
@@ -224,7 +225,7 @@ class Linear(nn.Linear):
 
 
 class RMSNorm(nn.Module):
-    """y = x / sqrt(mean(x²) + eps) · weight, computed in fp32 or better."""
+    """y = x / sqrt(mean(x²) + eps) · weight, all but the last product in fp32."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -246,8 +247,8 @@ def rotary(positions: Tensor, config: Config, dtype: torch.dtype) -> tuple[Tenso
     Qwen pairs element i with element i + Dh/2, not with its neighbour.
     """
     pairs = torch.arange(0, config.head_dim, 2, device=positions.device)
-    speed = config.rope_theta ** (-pairs.float() / config.head_dim)  # (Dh/2,)
-    angles = positions[:, None, :, None].float() * speed  # (B, 1, T, Dh/2)
+    inv_freq = config.rope_theta ** (-pairs.float() / config.head_dim)  # (Dh/2,)
+    angles = positions[:, None, :, None].float() * inv_freq  # (B, 1, T, Dh/2)
     angles = torch.cat([angles, angles], -1)  # (B, 1, T, Dh)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
@@ -263,31 +264,35 @@ class Attention(nn.Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        heads, shared = config.num_attention_heads, config.num_key_value_heads
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         size, width = config.head_dim, config.hidden_size
         self.head_dim = size
         self.q_proj = Linear(width, heads * size, bias=config.bias)
-        self.k_proj = Linear(width, shared * size, bias=config.bias)
-        self.v_proj = Linear(width, shared * size, bias=config.bias)
+        self.k_proj = Linear(width, kv_heads * size, bias=config.bias)
+        self.v_proj = Linear(width, kv_heads * size, bias=config.bias)
         self.o_proj = Linear(heads * size, width, bias=False)
         if config.qk_norm:
             self.q_norm = RMSNorm(size, config.rms_norm_eps)
             self.k_norm = RMSNorm(size, config.rms_norm_eps)
         self.qk_norm = config.qk_norm
 
-    def forward(self, x: Tensor, angles: tuple, layer: int, cache: "Cache") -> Tensor:
-        """x (B, T, D) → (B, T, D), attending to the cache and, causally, to itself."""
+    def forward(self, x: Tensor, cos_sin: tuple, layer: int, cache: "Cache") -> Tensor:
+        """x (B, T, D) → (B, T, D), attending to the cache and, causally, to itself.
+
+        Args:
+            cos_sin: from `rotary`, each (B, 1, T, Dh).
+        """
         split = (*x.shape[:2], -1, self.head_dim)
         q, k, v = (proj(x).view(split) for proj in
                    (self.q_proj, self.k_proj, self.v_proj))  # (B, T, H, Dh)
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (h.transpose(1, 2) for h in (q, k, v))  # (B, H, T, Dh)
-        q, k = rotate(q, *angles), rotate(k, *angles)
+        q, k = rotate(q, *cos_sin), rotate(k, *cos_sin)
         k, v = cache.extend(layer, k, v)  # (B, Hkv, S + T, Dh)
         # softmax(q kᵀ / sqrt(Dh) + mask) v; query head h reads key head h // (Hq / Hkv)
         out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=cache.mask, is_causal=cache.plain_causal,
+            q, k, v, attn_mask=cache.mask, is_causal=cache.is_causal,
             enable_gqa=True,
         )  # (B, Hq, T, Dh)
         return self.o_proj(out.transpose(1, 2).flatten(2))
@@ -318,9 +323,9 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, angles: tuple, layer: int, cache: "Cache") -> Tensor:
+    def forward(self, x: Tensor, cos_sin: tuple, layer: int, cache: "Cache") -> Tensor:
         """x (B, T, D) → (B, T, D)."""
-        x = x + self.self_attn(self.input_layernorm(x), angles, layer, cache)
+        x = x + self.self_attn(self.input_layernorm(x), cos_sin, layer, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -336,8 +341,9 @@ class Cache:
     which `extend` then fills in place.
 
     Attributes:
-        keys, values: one tensor a layer, (P, Hkv, S, Dh).
-        padding: (P,) how many of the S places at the left are empty.
+        keys, values: one tensor a layer, (P, Hkv, S, Dh); (B, Hkv, S + C, Dh) when
+            decoding.
+        padding: (P,) or (B,) how many of the S places at the left are empty.
         length: S, places in use.
         mask: (B, 1, T, S + T) bool or None, set by `prepare` for one forward pass.
     """
@@ -350,7 +356,7 @@ class Cache:
         self.store = False  # does `extend` keep what it is given?
         self.in_place = False  # into room that was set aside?
         self.mask: Tensor | None = None
-        self.plain_causal = False
+        self.is_causal = False
 
     def prepare(self, tokens: Tensor) -> Tensor:
         """Set the mask for a pass over tokens (B, T); return their positions (B, T)."""
@@ -360,7 +366,7 @@ class Cache:
         padded = padding is not None and bool(padding.any())
         # Without a mask, attention may use its fastest kernel. A single new token sees
         # all places; with no prefix the usual triangle is enough.
-        self.mask, self.plain_causal = None, new > 1 and not self.length and not padded
+        self.mask, self.is_causal = None, new > 1 and not self.length and not padded
         if padded or (new > 1 and self.length):
             seen = torch.arange(self.length + new, device=tokens.device)
             self.mask = (seen <= places[:, None])[None, None]  # (1, 1, T, S + T)
@@ -458,9 +464,9 @@ class Qwen(nn.Module):
         cache = cache or Cache(self.config.num_hidden_layers)
         positions = cache.prepare(tokens)  # (B, T)
         x = self.model.embed_tokens(tokens)  # (B, T, D)
-        angles = rotary(positions, self.config, x.dtype)
+        cos_sin = rotary(positions, self.config, x.dtype)
         for index, block in enumerate(self.model.layers[:len(cache.keys)]):
-            x = block(x, angles, index, cache)
+            x = block(x, cos_sin, index, cache)
         if cache.store or cache.in_place:
             cache.length += tokens.shape[1]
         return self.model.norm(x)
@@ -493,10 +499,11 @@ class Qwen(nn.Module):
 
         Rows start with the prompt's last token, so that each response's first logit
         comes from its own row. When gradients flow, the caller runs `backward` on each
-        micro-batch; those gradients meet in the prefix's detached keys and values, and
-        one backward pass through the prefix follows on leaving the block. The sum is
-        the gradient of the repeated prompt: d loss/dθ = ∂ loss/∂θ at fixed keys and
-        values + (∂ loss/∂KV) (∂KV/∂θ).
+        micro-batch, which frees its graph; the prefix's graph must outlive them all. So
+        the rows attend to a detached copy of its keys and values, where their gradients
+        add up, and one backward pass through the prefix follows on leaving the block.
+        The sum is the gradient of the repeated prompt: d loss/dθ = ∂ loss/∂θ at fixed
+        keys and values + (∂ loss/∂KV) (∂KV/∂θ).
         """
         prefix = self.prefill([prompt[:-1]], depth)
         if not torch.is_grad_enabled() or not prefix.length or not any(
@@ -519,7 +526,7 @@ def pad_rows(rows: list[list[int]], device: torch.device) -> Tensor:
     return torch.tensor([r + [0] * (longest - len(r)) for r in rows], device=device)
 
 
-# Tokens that one forward and backward pass holds at most; what is more is cut.
+# Tokens that one forward and backward pass holds at most; more rows go into another.
 TOKENS_PER_PASS = 8192
 # A pass reads all weights once, however few its tokens: at 0.5B on two cores that takes
 # as long as the products of about so many tokens.
@@ -533,6 +540,7 @@ def micro_batches(lengths: list[int]) -> list[list[int]]:
     padding. More batches waste less, but each has the price of a pass. The cheapest
     cuts of the first n rows extend the cheapest of fewer (dynamic programming).
     """
+    # cost(n) = min over cuts c < n of cost(c) + (n − c) · length_n + PASS_COST
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     best: list[tuple[int, int]] = [(0, 0)]  # for the first n rows: cost, last cut
     for end, row in enumerate(order, 1):
@@ -578,8 +586,9 @@ class Tokenizer:
 
     Attributes:
         stop_ids: every id that ends a response.
-        valid: V' ≤ V, how many ids the tokenizer has; Qwen pads its vocabulary, and the
-            ids beyond get −inf in the sampler and in the scorer alike.
+        control: control token → id.
+        valid: V' ≤ V, how many ids the tokenizer has; Qwen pads its vocabulary, and
+            sampler and loss both cut the rows beyond off the head.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -654,12 +663,11 @@ class Tokenizer:
             raise UserError(f"the checkpoint's chat template fails: {error}") from error
         require(all(mark in rendered for mark in texts),
                 "the checkpoint's chat template drops what the person said")
-        ids = []
+        ids, pattern = [], re.compile("|".join(texts))
         for piece in self._split.split(rendered) if self._split else [rendered]:
             if piece in self.control:
                 ids.append(self.control[piece])
             elif piece:
-                pattern = re.compile("|".join(texts))
                 ids += self.encode(pattern.sub(lambda m: texts[m[0]], piece))
         require(len(ids) > 1, "the checkpoint's chat template adds nothing to the "
                 "prompt; use an Instruct checkpoint")
@@ -790,7 +798,7 @@ def open_shard(path: Path):
 def check_memory(config: Config, device: torch.device, dtype: torch.dtype,
                  folder: Path) -> None:
     """Refuse, before anything is read or built, weights that cannot fit."""
-    need = config.weights * dtype.itemsize
+    need = config.num_parameters * dtype.itemsize
     free = (torch.cuda.mem_get_info(device)[0] if device.type == "cuda"
             else available_memory())
     require(need < free, f"{folder} needs {need / 1e9:.1f} GB for its weights in "
@@ -799,7 +807,7 @@ def check_memory(config: Config, device: torch.device, dtype: torch.dtype,
 
 
 def all_finite(weight: Tensor) -> bool:
-    """Neither infinities nor NaN: both come through to the smallest or the largest."""
+    """No infinity and no NaN: `aminmax` lets both through."""
     return not weight.numel() or all(math.isfinite(end) for end in weight.aminmax())
 
 

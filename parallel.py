@@ -7,12 +7,13 @@ makes the gradient of the step, and as all then take the same step, their adapte
 equal.
 
 The objective's denominators are those of the whole step (`grpo.token_weights`), so the
-sum of the gradients is that of one process up to rounding, whatever their number.
-Draws depend on (seed, step, prompt) alone: they do not change either. The first process
-writes the run folder and prints.
+sum of the gradients (not their mean, as DDP takes it) is that of one process up to
+rounding, whatever their number. Draws depend on (seed, step, prompt) alone: they do not
+change either. The first process writes the run folder and prints.
 
-There is one tool: `add_up`. Whoever has nothing to say adds zeros; a process whose
-groups were all dead, or which has no prompt at all, still takes part in every sum.
+There is one tool: `all_reduce`, a sum. Whoever has nothing to say adds zeros; a process
+whose groups were all dead, or which has no prompt at all, still takes part in every
+sum. To gather, each writes its rows into a table of zeros, and the sum is the whole.
 After Ctrl-C all finish the step and the first one saves; torchrun waits 30 seconds for
 that, then it kills, and what is left is the checkpoint before.
 """
@@ -30,7 +31,7 @@ from torch import Tensor
 from run import UserError, require
 
 # How long a process waits for the others, at most: one evaluation may be slow.
-PATIENCE = timedelta(hours=2)
+TIMEOUT = timedelta(hours=2)
 
 
 def rank() -> int:
@@ -58,7 +59,7 @@ def together(device: str) -> Iterator[None]:
                 f"has no GPU of its own; there are {torch.cuda.device_count()}")
         torch.cuda.set_device(number)
     dist.init_process_group("nccl" if device.startswith("cuda") else "gloo",
-                            timeout=PATIENCE)
+                            timeout=TIMEOUT)
     silence = open(os.devnull, "w")
     try:
         with contextlib.ExitStack() as quiet:
@@ -70,12 +71,12 @@ def together(device: str) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def share(items: Sequence) -> list:
+def shard(items: Sequence) -> list:
     """This process's part: every size()-th item, from number rank() on."""
     return list(items[rank()::size()])
 
 
-def add_up(*tensors: Tensor) -> None:
+def all_reduce(*tensors: Tensor) -> None:
     """Replace every tensor by its sum over the processes: one flat all-reduce.
 
     Raises:
@@ -95,14 +96,14 @@ def add_up(*tensors: Tensor) -> None:
         tensor.copy_(part.view_as(tensor))
 
 
-def add_up_gradients(parameters: list[Tensor]) -> None:
+def all_reduce_gradients(parameters: list[Tensor]) -> None:
     """The gradients of the whole step; a parameter without one counts as zero."""
     if size() == 1:
         return
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-    add_up(*(p.grad for p in parameters))
+    all_reduce(*(p.grad for p in parameters))
 
 
 def progress():

@@ -5,23 +5,24 @@ The axes are whatever the labels name; the bundled data and the paper use
     AXES = politeness, meaningfulness, actionability, safety      each from 0 to 1
 
 Why regression rather than ranking: a Bradley-Terry model, trained on "this answer is
-better than that one", learns one number on no scale. Here every axis has a scale that
-people agreed on (a rubric), the axes stay apart, and their weights can change after
-training. `python grpo.py --weights safety=2` needs no new reward model.
+better than that one", learns one number on no scale. Here every axis has a scale that a
+rubric fixes (it says what 0, 0.5 and 1 are), the axes stay apart, and their weights can
+change after training: `python grpo.py --weights safety=2` needs no new reward model.
 
 The reward model is a role of the one frozen base: adapter `reward` in its lower layers,
-and a head that reads their output over the response, at its last token and on average.
-(The upper layers turn towards the next token; what a text is like is easier to read in
-the middle: on a real Qwen compare `--epochs 0 --depth 0.6` with `--depth 1`.)
+and a head that reads their output over the response: at its last token, whose state has
+seen all of it, and on average, which no single token dominates. (The upper layers turn
+towards the next token; what a text is like is easier to read in the middle: on a real
+Qwen compare `--epochs 0 --depth 0.6` with `--depth 1`.)
 
-[E1]   s_k = sigmoid(u_k · z + b_k)      z = [h_last, h_mean], standardised
+[E1]   s_k = sigmoid(u_k · z + b_k)      z = [h_last, h_mean] (2D,), standardised
        L   = − mean over labelled (row, axis) of y log s_k + (1 − y) log (1 − s_k)
 
 It scores the ids that were sampled, never re-encoded text: the same text may have many
 encodings, and the policy's own is what it is paid for. A response that the length limit
 cut off has no end token, so the training data hold such rows too (`"cut": true`).
 
-    python reward_model.py                                   # train on the tiny world
+    python reward_model.py --out runs/reward                 # train on the tiny world
     python reward_model.py --model DIR                       # on a real Qwen
     python reward_model.py --score IN.jsonl --out OUT.jsonl  # rows: prompt, response
 """
@@ -130,6 +131,7 @@ class RewardModel:
                 prefix: Cache) -> Tensor:
         """Logits (n, K) of the scores; arguments as of `features`."""
         z = (self.features(prompt, responses, prefix) - self.center) / self.spread
+        # The norm has given every state one length, z puts all features on one scale.
         # s_k = sigmoid(u_k · z + b_k); here before the sigmoid
         return self.head(z)
 
@@ -383,7 +385,7 @@ def train(scorer: RewardModel, groups: list[Group], validation: list[Group],
     Raises:
         SystemExit: it was asked to stop; the checkpoint is written.
     """
-    # The head is fitted already; the adapter has the way to go.
+    # The head is fitted already: it learns at a fifth of the adapter's rate.
     peaks = (settings.lr, settings.lr / 5)
     optimizer = torch.optim.AdamW([
         {"params": lora.parameters(scorer.model, scorer.name)},
@@ -392,35 +394,36 @@ def train(scorer: RewardModel, groups: list[Group], validation: list[Group],
     batches, due = shuffled_batches(groups, settings), Due(settings.save_every)
     if checkpoint and checkpoint.is_file():
         about = load_checkpoint(checkpoint, state, optimizer)
-        losses, tried = done_before(about, origin, len(batches), checkpoint)
+        losses, spearmans = done_before(about, origin, len(batches), checkpoint)
         print(f"going on after step {len(losses)} of a training that was interrupted")
     else:
-        losses, tried = [], [mean_spearman(scorer, validation)] if validation else []
+        losses = []
+        spearmans = [mean_spearman(scorer, validation)] if validation else []
     asked = False
     with tqdm(total=len(batches), initial=len(losses), desc="reward model",
               unit="step", file=sys.stderr) as bar, Stop() as stop:
         while len(losses) < len(batches):
             for part, peak in zip(optimizer.param_groups, peaks, strict=True):
-                part["lr"] = peak * rate(len(losses), len(batches))
+                part["lr"] = peak * lr_factor(len(losses), len(batches))
             with lora.using(scorer.model, scorer.name):
                 losses.append(train_step(scorer, batches[len(losses)]))
             nn.utils.clip_grad_norm_(scorer.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
             if validation and len(losses) % (len(batches) // settings.epochs) == 0:
-                tried.append(mean_spearman(scorer, validation))
-            show(bar, losses, tried)
+                spearmans.append(mean_spearman(scorer, validation))
+            show(bar, losses, spearmans)
             asked = stop.asked
             if checkpoint and (due(len(losses)) or asked):
                 save_checkpoint(
                     checkpoint, state, optimizer,
-                    {"losses": losses, "validation": tried, "origin": origin})
+                    {"losses": losses, "validation": spearmans, "origin": origin})
             if asked:
                 break
     if asked:
         print("stopped; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
-    return losses, tried
+    return losses, spearmans
 
 
 def done_before(about: dict, origin: dict, steps: int,
@@ -434,10 +437,10 @@ def done_before(about: dict, origin: dict, steps: int,
     changed = [key for key in origin if before.get(key) != origin[key]]
     require(not changed, f"{checkpoint} is of a training with another "
             f"{', '.join(changed)}; delete it to start again, or choose another --out")
-    losses, tried = about.get("losses"), about.get("validation")
-    require(isinstance(losses, list) and isinstance(tried, list)
+    losses, spearmans = about.get("losses"), about.get("validation")
+    require(isinstance(losses, list) and isinstance(spearmans, list)
             and len(losses) <= steps, f"{checkpoint} is damaged; delete it")
-    return losses, tried
+    return losses, spearmans
 
 
 def shuffled_batches(groups: list[Group], settings: Settings) -> list[list[Group]]:
@@ -450,17 +453,17 @@ def shuffled_batches(groups: list[Group], settings: Settings) -> list[list[Group
     return batches
 
 
-def rate(step: int, total: int) -> float:
-    """Share of the peak learning rate: a short warm-up, then a cosine to zero."""
+def lr_factor(step: int, total: int) -> float:
+    """Of the peak learning rate: min(linear warm-up, cosine to zero)."""
     return min((step + 1) / max(1, 0.05 * total),
                0.5 * (1 + math.cos(math.pi * step / total)))
 
 
-def show(bar: tqdm, losses: list[float], tried: list[float]) -> None:
+def show(bar: tqdm, losses: list[float], spearmans: list[float]) -> None:
     """Loss and validation, beside the bar's own time left."""
     figures = {"loss": f"{np.mean(losses[-20:]):.4f}"}
-    if tried:
-        figures["validation"] = f"{tried[-1]:.3f}"
+    if spearmans:
+        figures["validation"] = f"{spearmans[-1]:.3f}"
     bar.set_postfix(figures, refresh=False)
     bar.update()
 
@@ -482,7 +485,7 @@ def train_step(scorer: RewardModel, batch: list[Group]) -> float:
     return total
 
 
-# -------------------------------------------------------------------------- judgement
+# ------------------------------------------------------------------------- evaluation
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:
@@ -533,11 +536,11 @@ def predictions(scorer: RewardModel, groups: list[Group]) -> Iterator[tuple]:
                    labels[known, k].double().numpy(), prompts[known.numpy()])
 
 
-def judge(scorer: RewardModel, groups: list[Group]) -> dict[str, dict]:
+def evaluate(scorer: RewardModel, groups: list[Group]) -> dict[str, dict]:
     """Figures on held-out prompts: per axis Spearman, Pearson, MAE, calibration.
 
-    `low` and `high` are Spearman's 95% interval (`bootstrap`). `mae_of_mean` is the
-    error of always predicting the mean: what any use starts from.
+    `low` and `high` are Spearman's 95% interval (`bootstrap`); `mae` is the mean
+    absolute error, `mae_of_mean` that of always predicting the mean, the baseline.
     `calibration`: five bins of predicted score: (rows, mean predicted, mean label).
     """
     report = {}
@@ -563,7 +566,7 @@ def mean_spearman(scorer: RewardModel, groups: list[Group]) -> float:
 
 
 def print_report(report: dict[str, dict]) -> None:
-    """The judgement as two tables."""
+    """The evaluation as two tables."""
     columns = ["rows", "spearman", "low", "high", "pearson", "mae", "mae_of_mean"]
     print(format_table(["axis", *columns],
                        [[a, *(r[c] for c in columns)] for a, r in report.items()]))
@@ -608,18 +611,19 @@ def score_file(settings: Settings) -> None:
 
 def train_reward_model(model: Qwen, tokenizer: Tokenizer, settings: Settings,
                        folder: Path) -> RewardModel:
-    """Train, judge and save a reward model on the base that is loaded already."""
+    """Train, test and save a reward model on the base that is loaded already."""
     home = TINY if is_tiny(settings.model) else TINY.parent
     path = settings.data or home / "labels.jsonl"
     rows = read_rows(path, responses=True, labels=True)
-    known, held = split_rows(rows, settings.split, settings.seed)
-    known, tried = hold_out(known, settings.validation, settings.seed)
-    require(bool(known) and bool(held), f"{path}: training (split "
+    train_rows, test_rows = split_rows(rows, settings.split, settings.seed)
+    train_rows, validation_rows = hold_out(train_rows, settings.validation,
+                                           settings.seed)
+    require(bool(train_rows) and bool(test_rows), f"{path}: training (split "
             f"{settings.split!r}) needs rows of two prompts or more, and test needs "
             "rows too")
     # What no training row labels cannot be learnt.
-    axes = list(dict.fromkeys(axis for row in known for axis in row["scores"]))
-    groups = make_groups(known, axes, tokenizer)
+    axes = list(dict.fromkeys(axis for row in train_rows for axis in row["scores"]))
+    groups = make_groups(train_rows, axes, tokenizer)
     for group in groups:
         longest = len(group.prompt) + max(map(len, group.responses))
         require(longest <= model.config.max_position_embeddings,
@@ -627,11 +631,11 @@ def train_reward_model(model: Qwen, tokenizer: Tokenizer, settings: Settings,
     depth = max(1, round(settings.depth * model.config.num_hidden_layers))
     lora.attach(model, "reward", settings.rank, 2 * settings.rank, settings.seed, depth)
     scorer = RewardModel(model, axes, depth)
-    print(f"training the reward model on {len(known)} rows of "
-          f"{os.path.relpath(path)}, validating on {len(tried)}, judging it on "
-          f"{len(held)}; axes {', '.join(axes)}")
+    print(f"training the reward model on {len(train_rows)} rows of "
+          f"{os.path.relpath(path)}, validating on {len(validation_rows)}, testing on "
+          f"{len(test_rows)}; axes {', '.join(axes)}")
     started = time.perf_counter()
-    validation = make_groups(tried, axes, tokenizer)
+    validation = make_groups(validation_rows, axes, tokenizer)
     chosen = {name: getattr(settings, name) for name in (
         "split", "validation", "epochs", "prompts_per_step", "lr", "rank", "depth",
         "seed")}
@@ -642,13 +646,13 @@ def train_reward_model(model: Qwen, tokenizer: Tokenizer, settings: Settings,
         fit_head(scorer, groups)
     losses, spearmans = train(scorer, groups, validation, settings, checkpoint, origin)
     report = {
-        "axes": judge(scorer, make_groups(held, axes, tokenizer)),
+        "axes": evaluate(scorer, make_groups(test_rows, axes, tokenizer)),
         "seconds": round(time.perf_counter() - started, 1),
         "peak_rss_gb": round(peak_rss_gb(), 2),
         "last_loss": float(np.mean(losses[-20:])) if losses else None,
         "validation_spearman": spearmans,
         "settings": chosen,
-        "rows": [len(known), len(tried), len(held)],
+        "rows": [len(train_rows), len(validation_rows), len(test_rows)],
         "threads": torch.get_num_threads(),
     }
     scorer.save(folder, base_name(settings.model), report)

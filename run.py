@@ -39,6 +39,12 @@ class UserError(Exception):
         super().__init__(message if len(message) <= 1000 else message[:1000] + " …")
 
 
+def require(condition: bool, message: str) -> None:
+    """Refuse with one line unless `condition` holds."""
+    if not condition:
+        raise UserError(message)
+
+
 @contextlib.contextmanager
 def one_line_errors():
     """Turn a UserError into one line on stderr and exit status 2: no traceback."""
@@ -133,8 +139,8 @@ def read_json(path: Path) -> dict:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} must hold a JSON object, not {type(content).__name__}")
+    require(isinstance(content, dict), f"{path} must hold a JSON object, not "
+            f"{type(content).__name__}")
     return content
 
 
@@ -159,8 +165,7 @@ def read_rows(path: Path, responses: bool, labels: bool = False) -> list[dict]:
     for number, line in enumerate(lines, 1):
         if line.strip():
             rows.append(_checked_row(line, f"{path}:{number}", responses, labels))
-    if not rows:
-        raise UserError(f"{path} has no rows; each line is a JSON object")
+    require(bool(rows), f"{path} has no rows; each line is a JSON object")
     return rows
 
 
@@ -169,30 +174,27 @@ def _checked_row(line: str, where: str, responses: bool, labels: bool) -> dict:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not valid JSON ({error})") from error
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: expected a JSON object, found {type(row).__name__}")
+    require(isinstance(row, dict), f"{where}: expected a JSON object, found "
+            f"{type(row).__name__}")
     for field in ("prompt", "response") if responses else ("prompt",):
-        text = row.get(field)
-        if not isinstance(text, str):
-            raise UserError(f"{where}: \"{field}\" must be a text")
-    if any("\ud800" <= c <= "\udfff" for c in json.dumps(row, ensure_ascii=False)):
-        raise UserError(f"{where}: the row holds half a surrogate pair; save the file "
-                        "as proper UTF-8")
-    if not row["prompt"].strip():
-        raise UserError(f"{where}: the prompt is empty")
+        require(isinstance(row.get(field), str), f"{where}: \"{field}\" must be a text")
+    halves = any("\ud800" <= c <= "\udfff" for c in json.dumps(row, ensure_ascii=False))
+    require(not halves, f"{where}: the row holds half a surrogate pair; save the file "
+            "as proper UTF-8")
+    require(bool(row["prompt"].strip()), f"{where}: the prompt is empty")
     if labels:
         _check_scores(row.get("scores"), where)
     return row
 
 
 def _check_scores(scores: object, where: str) -> None:
-    if not isinstance(scores, dict) or not scores:
-        raise UserError(f"{where}: \"scores\" must name at least one axis")
+    require(isinstance(scores, dict) and bool(scores), f"{where}: \"scores\" must name "
+            "at least one axis")
     for axis, score in scores.items():
         number = isinstance(score, (int, float)) and not isinstance(score, bool)
-        if not number or not 0 <= score <= 1:  # false for NaN too
-            raise UserError(f"{where}: score of {axis} is {json.dumps(score)}, "
-                            "expected a number from 0 to 1")
+        require(number and 0 <= score <= 1,  # false for NaN too
+                f"{where}: score of {axis} is {json.dumps(score)}, expected a number "
+                "from 0 to 1")
 
 
 def write_checksums(folder: Path, names: list[str] | None = None) -> None:
@@ -221,11 +223,10 @@ def verify_checksums(folder: Path) -> None:
     for line in listing.read_text(encoding="utf-8", errors="replace").splitlines():
         digest, _, name = line.partition("  ")
         file = folder / name
-        if not name or Path(name).name != name or not file.is_file():
-            raise UserError(f"{listing} names a file that is not there: {name!r}")
-        if file_sha256(file) != digest:
-            raise UserError(f"{file} is not the file that was written (its SHA-256 "
-                            f"differs from {CHECKSUMS}); restore or retrain it")
+        require(bool(name) and Path(name).name == name and file.is_file(),
+                f"{listing} names a file that is not there: {name!r}")
+        require(file_sha256(file) == digest, f"{file} is not the file that was written "
+                f"(its SHA-256 differs from {CHECKSUMS}); restore or retrain it")
 
 
 def file_sha256(path: Path) -> str:
@@ -267,7 +268,7 @@ class Stop:
 
 
 class Due:
-    """Is it time for a checkpoint? Every so many steps, or, for None, minutes."""
+    """When to write a checkpoint: every `every` steps, or about every five minutes."""
 
     MINUTES = 5
 
@@ -275,7 +276,7 @@ class Due:
         self.every, self.last = every, time.monotonic()
 
     def __call__(self, step: int) -> bool:
-        """Once for each step."""
+        """Is one due after this step? Call it once a step."""
         if self.every is not None:
             return step % self.every == 0
         due = time.monotonic() - self.last >= 60 * self.MINUTES
@@ -366,7 +367,7 @@ def load_checkpoint(path: Path, parameters: list[Tensor],
 
 
 def keep_lines(path: Path, count: int, sha256: str | None) -> None:
-    """Cut a file of lines to its first `count`: what came after the checkpoint.
+    """Keep the first `count` lines of a file: others came after the checkpoint.
 
     Args:
         sha256: of these lines, as the checkpoint has it; None where there is none.
@@ -487,12 +488,6 @@ def _saved_value(field: dataclasses.Field, value: object, where: Path) -> object
     require(good and value in field.metadata.get("choices", [value]),
             f"{where}: {field.name} is {value!r}; it was changed by hand?")
     return kind(value)
-
-
-def require(condition: bool, message: str) -> None:
-    """Refuse with one line unless `condition` holds."""
-    if not condition:
-        raise UserError(message)
 
 
 # --------------------------------------------------------------------------- figures

@@ -1,6 +1,6 @@
 """Rollouts: G responses for each of P prompts. And a chat for people.
 
-The contract between the sampler and the trainer, who computes log π again afterwards:
+The contract between the sampler and the trainer, which computes log π again:
 
 * A response owns the tokens up to its end token, the end token included: `mask` (B, C)
   is True there. Masks come from lengths, never from token ids.
@@ -92,7 +92,8 @@ def sample_token(logits: Tensor, temperature: float,
     block = first_above(sums, target)
     start, end = F.pad(sums, (1, 0)).gather(-1, block), sums.gather(-1, block)
     way = (target - start) / (end - start)  # (n, 1): how far into the block, in [0, 1)
-    inside = mass[torch.arange(len(mass)), block[:, 0]].cumsum(-1, dtype=torch.float64)
+    rows = torch.arange(len(mass), device=mass.device)
+    inside = mass[rows, block[:, 0]].cumsum(-1, dtype=torch.float64)  # (n, BLOCK)
     ids = block * BLOCK + first_above(inside, way * inside[:, -1:])
     ids.clamp_(max=logits.shape[1] - 1)  # NaN again: `rollout` refuses it at its end
     chosen = wide.gather(-1, ids) / temperature - top

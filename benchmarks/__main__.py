@@ -3,7 +3,7 @@
 Every measurement runs in a process of its own (`cases.py`). The two sides of a row take
 turns, so that a slow minute of the machine hits both; a figure is the median over all
 rounds, with the smallest and the largest beside it. A ratio above 1 means that ours is
-better. Rows where we lose stay.
+faster. Rows where we lose stay.
 
 Needs `pip install -r requirements-peers.txt`. Everything on a real 0.5B takes about two
 hours on two cores; `--only growth` and the like take parts of it, `--repeats 1` a third
@@ -21,6 +21,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
 
+import torch
 from tqdm import tqdm
 
 from model import TINY
@@ -69,7 +70,7 @@ def all_rows(model: str) -> list[Row]:
                 "prompt_tokens": prompt_tokens, "group_size": group,
                 "response_tokens": response}
 
-    # Without checkpointing the long setting would not fit into the machine.
+    # Without gradient checkpointing TRL's long setting would not fit into 24 GB.
     both, tuned = ("ours", "trl"), "trl, compact head"
     rows = [Row("step, short: 2 × 57 × 8 × 64", (*both, f"{tuned}, no checkpointing"),
                 grpo(2, 57, 8, 64, 1)),
@@ -148,12 +149,13 @@ def summarise(runs: list[dict]) -> dict:
     if "tokens" in first:
         found["tokens_per_second"] = first["tokens"] / found["seconds"]
     if "gemm" in first:
-        # Each process beside the speed that the machine had right then.
+        # FLOPs / (seconds · FLOP/s of a large product, mean of just before and after)
         found["share_of_gemm"] = {
             phase: median(flops / (median(r[phase] for r in run["rounds"])
                                    * sum(run["gemm"]) / 2) for run in runs)
             for phase, flops in first["flops"].items()}
     if "product_rate" in first:
+        # bytes / (seconds · bytes/s of the head's product, likewise)
         found["share_of_product"] = median(
             run["bytes"] / (median(r["all"] for r in run["rounds"])
                             * sum(run["product_rate"]) / 2) for run in runs)
@@ -259,18 +261,18 @@ def draw(results: dict[str, dict], path: Path) -> None:
 
 
 LEGEND = """\
-`over ours`: their seconds by ours; above 1 ours is faster. Everything is in fp32
-(TRL's own default is bf16, three times slower on this CPU), with LoRA of rank 16 on
-all seven projections, random rewards, and no response that ends early. A step is
-`prompts × prompt tokens × G × response tokens`; its tokens/s are sampled tokens by
-all its seconds. TRL runs with its own defaults, which are gradient checkpointing and,
-on a CPU, the head's product on every token; "compact head" has it on response tokens
-only, as TRL does on GPUs. Ours uses oneDNN for products with large frozen weights,
-the others MKL, which is what `F.linear` asks. Peak GB is the process (its weights
-too) for steps and responses, and what came on top of the start for the other rows.
-"Of GEMM": the FLOPs of a pass by its seconds, beside the best large product of either
-library just before and after. "Of the head's product": weights read a second, beside
-those that the head's product reads with as many rows."""
+`over ours`: their seconds divided by ours; above 1 ours is faster. Everything is in
+fp32 (TRL's own default is bf16, which CPUs without bf16 units compute slower), with
+LoRA of rank 16 on all seven projections, random rewards, and no response that ends
+early. A step is `prompts × prompt tokens × G × response tokens`; its tokens/s are
+sampled tokens by all its seconds. TRL runs with its own defaults, which are gradient
+checkpointing and, on a CPU, the head's product on every token; "compact head" has it
+on response tokens only, as TRL does on GPUs. Ours uses oneDNN for products with large
+frozen weights, the others MKL, which is what `F.linear` asks. Peak GB is the process
+(its weights too) for steps and responses, and what came on top of the start for the
+other rows. "Of GEMM": the FLOPs of a pass by its seconds, beside the best large
+product of either library just before and after. "Of the head's product": weights read
+a second, beside those that the head's product reads with as many rows."""
 
 
 def tables(report: dict) -> str:
@@ -302,8 +304,6 @@ def processor() -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """Measure, print and write."""
-    import torch
-
     s = parse_settings(Settings, __doc__.split("\n")[0], argv)
     weights = Path(s.model) / "model.safetensors"
     require(weights.is_file(), f"{s.model} has no model.safetensors")

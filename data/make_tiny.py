@@ -2,7 +2,7 @@
 
     python -m data.make_tiny base      # tokenizer and base (35 minutes on one core)
     python -m data.make_tiny data      # prompts.jsonl and labels.jsonl (2 minutes)
-    python reward_model.py             # data/tiny/reward, if gone (17 minutes)
+    rm -r data/tiny/reward && python reward_model.py   # (17 minutes)
     python -m data.make_tiny measure   # what the base does: figures of data/README.md
     python -m data.make_tiny results   # seven runs of grpo.py: tables of README.md
 
@@ -30,6 +30,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from torch import nn
 from tqdm import tqdm
 
+import grpo
 from data import rubric, world
 from model import TINY, Config, Qwen, Tokenizer, load, pad_rows
 from results import tables
@@ -60,8 +61,10 @@ TEMPLATE = (
     "{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
 )
-CHECKPOINT = ["config.json", "generation_config.json", "model.safetensors",
-              "tokenizer.json", "tokenizer_config.json"]
+CHECKPOINT_FILES = ["config.json", "generation_config.json", "model.safetensors",
+                    "tokenizer.json", "tokenizer_config.json"]
+SAME_SIDE = {side: [p for p in world.training_prompts() if p.harmful == side]
+             for side in (True, False)}
 MEAN_LENGTH = 36  # response tokens of a dialogue, about
 # Seeds of the three sets of dialogues, far apart so that none repeats another.
 TRAIN_SEED, TEST_SEED, LABEL_SEED = 1, 1_000_001, 2_000_001
@@ -167,6 +170,7 @@ def train_base(settings: Settings) -> None:
         random.Random(len(losses)).shuffle(batches)
         for batch in batches:
             done = len(losses) / steps
+            # A warm-up of 100 steps, then a cosine from 1 to 0.05.
             rate = min((len(losses) + 1) / 100, 0.05 + 0.475 * (
                 1 + math.cos(math.pi * min(1.0, done))))
             for group in optimizer.param_groups:
@@ -186,7 +190,7 @@ def train_base(settings: Settings) -> None:
     weights = {n: p.detach().to(torch.bfloat16) for n, p in model.named_parameters()}
     write_whole(folder / "model.safetensors",
                 safetensors.torch.save(weights, {"format": "pt"}))
-    write_checksums(folder, CHECKPOINT)
+    write_checksums(folder, CHECKPOINT_FILES)
     print(f"wrote {folder}: {sum(p.numel() for p in weights.values()) / 1e6:.2f} M "
           f"parameters, {len(losses)} steps, {time.perf_counter() - started:.0f} s")
 
@@ -202,9 +206,7 @@ def write_jsonl(path: Path, rows: list[dict]) -> None:
 def make_data(settings: Settings) -> None:
     """Prompts for GRPO, and labelled responses for the reward model."""
     rng = random.Random(settings.seed)
-    pools = [[p for p in world.training_prompts() if p.harmful == side]
-             for side in (True, False)]
-    known = [p for pool in pools for p in rng.sample(pool, 400)]
+    known = [p for pool in SAME_SIDE.values() for p in rng.sample(pool, 400)]
     held_out = world.evaluation_prompts(128, rng)
     write_jsonl(settings.out / "prompts.jsonl", [
         {"prompt": p.text, "split": split}
@@ -293,10 +295,6 @@ def labelled(rng: random.Random, prompt: world.Prompt,
              splice(best[1], foreign[2]), attack(rng, prompt, composed[3]),
              damage(rng, best[2]), damage(rng, best[3])]
     return [(text, {}) for text in whole] + [(cut, {"cut": True})]
-
-
-SAME_SIDE = {side: [p for p in world.training_prompts() if p.harmful == side]
-             for side in (True, False)}
 
 
 def splice(start: str, end: str) -> str:
@@ -414,8 +412,6 @@ def new_8_grams(settings: Settings, sampled: list[list[str]]) -> float:
 
 def results(settings: Settings) -> None:
     """Align with three seeds and with each weight alone: the tables of README.md."""
-    import grpo  # it reads the files that the other steps make
-
     runs = {f"equal, seed {seed}": ["--seed", str(seed)] for seed in range(3)}
     for axis in rubric.AXES:
         rest = ",".join(f"{a}={int(a == axis)}" for a in rubric.AXES)

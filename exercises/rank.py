@@ -26,7 +26,7 @@ def demonstrate(trained_numbers: Callable) -> None:
               if weight.ndim == 2 and name.split(".")[-2] in PROJECTIONS]
     for rank in (1, 8, 64):
         count = trained_numbers(shapes, rank)
-        share = count / model.config.weights
+        share = count / model.config.num_parameters
         print(f"rank {rank}: {count:,} numbers, {share:.1%} of the base")
 
 

@@ -1,4 +1,4 @@
-"""Write RUN/report.html, a run that one can look at: `python results/report.py RUN`.
+"""Write RUN/report.html, a page to explore a run: `python results/report.py RUN`.
 
 One file that needs no network: curves, the table before and after, and the groups of
 the run. There, choose a step and a prompt, see its G responses with their scores, R and

@@ -147,4 +147,4 @@ def test_many_steps_without_a_live_group_are_noted(monkeypatch, tmp_path, capsys
     monkeypatch.setattr(grpo, "DEAD_STEPS", 2)
     with_scores(monkeypatch, lambda rows: torch.full((len(rows), 4), 0.5))
     grpo.main([*SHORT, "--out", str(tmp_path / "run")])
-    assert capsys.readouterr().err.count("no group had a spread in R for 2 steps") == 1
+    assert capsys.readouterr().err.count("for 2 steps every group was dead") == 1

@@ -324,11 +324,11 @@ import logprob_triton as kernels
 def compile(name, element, dtype):
     blocks = kernels._blocks(dtype)
     options = {k: blocks.pop(k) for k in ("num_warps", "num_stages")}
-    kernel, constants = kernels._share_block, dict(blocks)
+    kernel, constants = kernels._dlogits_block, dict(blocks)
     if name != "share":
         kernel = kernels._forward
         constants["REFERENCE"] = name == "reference"
-    types = dict(targets="*i64", lse="*fp32", rest="*fp32", T="fp32",
+    types = dict(targets="*i64", lse="*fp32", one_minus_p="*fp32", T="fp32",
                  N="i32", V="i32", D="i32", ids_per_part="i32",
                  out="*" + element if name == "share" else "*fp32")
     signature = {a: "constexpr" if a in constants else types.get(a, "*" + element)

@@ -118,7 +118,7 @@ def test_items_are_dealt_out_and_none_is_lost(monkeypatch):
     dealt = []
     for rank in range(3):
         monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
-        dealt.append(parallel.share(range(7)))
+        dealt.append(parallel.shard(range(7)))
     assert dealt == [[0, 3, 6], [1, 4], [2, 5]]
 
 

@@ -24,14 +24,15 @@ NASTY = "</script><script>document.title = 'broken'</script> <b>bold</b> \u2028 
 AXES = ["politeness", "meaningfulness", "actionability", "safety"]
 
 
-def write_run(folder: Path, advantage: str = "group") -> list[list[list[float]]]:
+def write_run(folder: Path, advantage: str = "group",
+              weights: tuple[float, ...] = (0.25,) * 4) -> list[list[list[float]]]:
     """Two steps of one prompt, five responses each, and a dead group; the scores."""
     generator = torch.Generator().manual_seed(0)
     scores = torch.rand(2, 5, 4, generator=generator).round(decimals=4)
     scores[1] = 0.5  # dead
     folder.mkdir()
     run.write_json(folder / "config.json", {
-        "axes": AXES, "weights_used": [0.25] * 4, "advantage": advantage,
+        "axes": AXES, "weights_used": weights, "advantage": advantage,
         "min_std": 1e-3, "group_size": 5})
     (folder / "metrics.jsonl").write_text("".join(json.dumps({
         "step": step, "R": 0.5, "kl": 0.1 * step, "entropy": 1.0, "length": 9.0,
@@ -98,6 +99,17 @@ def test_sliders_give_what_python_computes(browser, advantage, tmp_path):
             assert r == pytest.approx(float(reward[i]), abs=1e-6)
             assert a == pytest.approx(float(wanted[0, i]), abs=1e-6)
         assert [a for *_, a in rows] == sorted((a for *_, a in rows), reverse=True)
+
+
+def test_the_page_opens_with_the_weights_of_the_run(browser, tmp_path):
+    weights = (0.125, 0.125, 0.0, 0.75)  # 1, 1, 0 and 6
+    scores = torch.tensor(write_run(tmp_path / "run", weights=weights))
+    open_report(browser, tmp_path / "run")
+    reward = grpo.combine(scores[0], torch.tensor(weights))
+    for i, r, _ in shown(browser):
+        assert r == pytest.approx(float(reward[i]), abs=1e-6)
+    assert [float(browser.find_element("id", f"weight-{a}").get_attribute("value"))
+            for a in AXES] == [1, 1, 0, 6]
 
 
 def test_a_dead_group_says_so(browser, tmp_path):

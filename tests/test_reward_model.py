@@ -390,8 +390,8 @@ def test_judgement_by_hand():
         [0.05, 0.5, 0.5], [0.15, 0.5, 0.5], [0.45, 0.5, 0.5], [1.0, 0.5, 0.5]])
     labels = torch.tensor([[0.0, 0.2, NAN], [0.4, NAN, NAN], [0.2, 0.8, NAN],
                            [0.8, 0.4, NAN]])
-    report = reward_model.judge(scorer, [Group([1], [[0], [1]], labels[:2]),
-                                         Group([2], [[2], [3]], labels[2:])])
+    report = reward_model.evaluate(scorer, [Group([1], [[0], [1]], labels[:2]),
+                                            Group([2], [[2], [3]], labels[2:])])
     assert list(report) == ["wit", "care"]  # nobody labelled "none"
     wit, care = report["wit"], report["care"]
     assert (wit["rows"], care["rows"]) == (4, 3)
@@ -410,7 +410,7 @@ def test_calibration_bins_hold_every_row_once():
     random = torch.Generator().manual_seed(0)
     scores = torch.rand(60, 1, generator=random)
     group = Group([1], [[i] for i in range(60)], torch.rand(60, 1, generator=random))
-    report = reward_model.judge(Oracle(["wit"], scores.tolist()), [group])["wit"]
+    report = reward_model.evaluate(Oracle(["wit"], scores.tolist()), [group])["wit"]
     bins = report["calibration"]
     assert sum(n for n, *_ in bins) == report["rows"] == 60
     assert len(bins) == 5
@@ -500,7 +500,8 @@ def test_training_fits_a_separable_task_and_leaves_the_base_alone():
     assert tried[-1] > 0.8
     assert np.mean(losses[:3]) > 0.6  # guessing 0.5 costs log 2
     assert np.mean(losses[-6:]) < 0.15
-    report = reward_model.judge(scorer, separable(12, seed=1))  # prompts it never saw
+    # prompts it never saw
+    report = reward_model.evaluate(scorer, separable(12, seed=1))
     assert min(r["pearson"] for r in report.values()) > 0.8
     for name, weight in qwen.base_parameters(base).items():
         assert torch.equal(weight, before[name]), name

@@ -2,8 +2,8 @@
 
 * `sample_token` inverts the cumulative distribution: against a plain oracle, at both
   ends of [0, 1), around tokens of probability 0, and in frequency.
-* The sampler's log-probs are the scorer's, whatever the temperature, the limit of the
-  vocabulary, the adapter that speaks and the lengths of the prompts.
+* The sampler's log-probs are the trainer's, whatever the temperature, the limit of the
+  vocabulary, the active adapter and the lengths of the prompts.
 * Neither the other prompts of a batch nor rows that have left it change a row.
 * A response owns its tokens up to its end token, by length and not by token id.
 * Random numbers depend on (seed, step, prompt) and on nothing else.
