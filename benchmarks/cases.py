@@ -173,6 +173,8 @@ def trl_step(model: str, prompts: int, prompt_tokens: int, group_size: int,
 
     class Watch(transformers.TrainerCallback):
         def on_step_begin(self, *_args, **_kwargs) -> None:
+            # `train` has put it back, and `generate` would take it from here.
+            trainer.model.get_base_model().generation_config.eos_token_id = None
             times.append(time.perf_counter())
 
         def on_step_end(self, *_args, **_kwargs) -> None:
@@ -228,9 +230,8 @@ def trl_trainer(model: str, prompt_tokens: int, response_tokens: int, config):
             [{"prompt": text}] * count * config.max_steps),
         peft_config=peft.LoraConfig(r=RANK, lora_alpha=2 * RANK,
                                     target_modules=list(PROJECTIONS)))
-    # Nothing ends early.
+    # Nothing ends early (see `Watch`, too).
     trainer.generation_config.eos_token_id = None
-    trainer.model.generation_config.eos_token_id = None
     trainer.eos_token_ids = [-1]
     return trainer
 
