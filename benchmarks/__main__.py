@@ -5,9 +5,9 @@ turns, so that a slow minute of the machine hits both; a figure is the median ov
 rounds, with the smallest and the largest beside it. A ratio above 1 means that ours is
 faster. Rows where we lose stay.
 
-Needs `pip install -r requirements-peers.txt`. Everything on a real 0.5B takes about two
-hours on two cores; `--only growth` and the like take parts of it, `--repeats 1` a third
-of the time.
+Needs `pip install -r requirements-peers.txt`. Everything on a real 0.5B takes about 100
+minutes on two cores; `--only growth` and the like take parts of it, `--repeats 1` a
+third of the time.
 """
 
 import dataclasses

@@ -6,6 +6,7 @@
 """
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -115,6 +116,32 @@ def test_growth_rows_are_drawn_by_what_grows(tmp_path):
     pytest.importorskip("matplotlib")
     program.draw(rows, tmp_path / "growth.png")
     assert (tmp_path / "growth.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_readme_and_the_page_show_what_was_measured():
+    report = run.read_json(ROOT / "benchmarks" / "results.json")
+    assert (ROOT / "benchmarks" / "results.md").read_text() == program.tables(report)
+    text = (ROOT / "README.md").read_text()
+    rest = {n: r for n, r in report["rows"].items() if not n.startswith("growth")}
+    shown = [line for line in program.brief(rest)[2:] if line in text]
+    assert len(shown) == len(re.findall(r"^\|.* ×\)", text, re.M)) == 7
+    assert report["sha256"] in (ROOT / "results" / "0.5b" / "README.md").read_text()
+
+
+def test_the_measured_step_grows_at_most_linearly():
+    report = run.read_json(ROOT / "benchmarks" / "results.json")
+    grown = program.series({n: r for n, r in report["rows"].items()
+                            if n.startswith("growth")})
+    assert len(grown) == 5
+    for title, points in grown.items():
+        (first, start), *others = points
+        for value, found in others:
+            assert found["seconds"] / start["seconds"] < 1.15 * value / first, title
+    # A longer prompt costs a group once: 448 tokens more, for 16 responses as for 4.
+    once, often = (grown[f"prompt tokens{how}"] for how in ("", ", G = 16"))
+    more = [points[-1][1]["seconds"] - points[0][1]["seconds"]
+            for points in (once, often)]
+    assert more[1] < 2 * more[0]  # computed for each response, it would be 4
 
 
 def test_names_of_rows_differ_and_end_in_what_grows():

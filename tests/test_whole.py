@@ -259,7 +259,9 @@ BAD = {
     "no reward folder": (lambda d: ["--reward", str(d / "nowhere")], "nowhere"),
     "gold for foreign prompts": (
         lambda d: ["--reward", "gold", "--prompts",
-                   str(jsonl(d, '{"prompt": "Why is the sky blue?"}\n' * 4))],
+                   str(jsonl(d, '{"prompt": "Why is the sky blue?"}\n'
+                                '{"prompt": "Why is grass green?"}\n'
+                                '{"prompt": "Why is snow white?"}\n'))],
         "gold"),
     "no Hub and no cache": (lambda d: ["--size", "0.5b"], "--model DIR"),
     "altered weights": (lambda d: ["--model", str(altered(d))], "SHA-256"),
