@@ -121,12 +121,13 @@ class _TokenStatistics(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, unembed, targets, temperature, valid, entropy, reference):
-        need_grad, parts = ctx.needs_input_grad[0], []
+        need_grad, parts, head = ctx.needs_input_grad[0], [], unembed[:valid]
+        way = _at_once if len(hidden) * len(head) <= BLOCK_LOGITS else _in_blocks
         for start in range(0, max(1, len(hidden)), ROWS):  # N = 0: one empty part
             here = slice(start, start + ROWS)
             ref = None if reference is None else reference[here]
-            parts.append(_statistics(hidden[here], unembed[:valid], targets[here],
-                                     temperature, need_grad, entropy, ref))
+            parts.append(way(hidden[here], head, targets[here], temperature, need_grad,
+                             entropy, ref))
         logp, h, kl, logp_ref, grad = (
             torch.cat(column) if column[0] is not None else None
             for column in zip(*parts, strict=True))
@@ -140,6 +141,34 @@ class _TokenStatistics(torch.autograd.Function):
         (grad,) = ctx.saved_tensors  # (N, D)
         grad = (grad_logp[:, None] * grad).to(grad.dtype)
         return grad, None, None, None, None, None, None
+
+
+def _at_once(hidden, unembed, targets, temperature, need_grad, entropy, reference):
+    """Some rows: logp, entropy, KL, logp_ref (n,) and the gradient of logp (n, D)."""
+    logp_all = _log_softmax(hidden, unembed, temperature)  # (n, V)
+    logp = logp_all.gather(-1, targets[:, None]).squeeze(-1)  # (n,)
+    h = kl = logp_ref = grad = None
+    if entropy or need_grad or reference is not None:
+        prob = logp_all.exp()  # (n, V)
+    if reference is not None:
+        # KL(π ‖ ref) = Σ π (log π − log ref), over the whole vocabulary
+        ref_all = _log_softmax(reference, unembed, temperature)  # (n, V)
+        logp_ref = ref_all.gather(-1, targets[:, None]).squeeze(-1)  # (n,)
+        kl = -ref_all.sub_(logp_all).mul_(prob).sum(-1)
+    if entropy:
+        h = -logp_all.mul_(prob).sum(-1)  # H(π) = −Σ π log π; the last use of logp_all
+    if need_grad:
+        # ∇_h log π(y) = −(π − e_y) W / T. Not W_y − π W: where π(y) is near 1 the two
+        # rows nearly cancel, and in bf16 their difference would be rounding noise.
+        share = prob.scatter_(-1, targets[:, None], logp.expm1()[:, None])
+        grad = linear(share.to(unembed.dtype), unembed.T) / -temperature  # (n, D)
+    return logp, h, kl, logp_ref, grad
+
+
+def _log_softmax(hidden: Tensor, unembed: Tensor, temperature: float) -> Tensor:
+    # In place: fresh memory for another block costs more than the softmax itself.
+    logits = _logits(hidden, unembed, temperature)  # (n, V)
+    return torch.log_softmax(logits, -1, out=logits)
 
 
 class _Softmax:
@@ -177,8 +206,8 @@ class _Softmax:
         return self.top + self.total.log()
 
 
-def _statistics(hidden, unembed, targets, temperature, need_grad, entropy, reference):
-    """Some rows: logp, entropy, KL, logp_ref (n,) and the gradient of logp (n, D)."""
+def _in_blocks(hidden, unembed, targets, temperature, need_grad, entropy, reference):
+    """As `_at_once`, for logits that fill more than a block."""
     like = hidden.new_zeros(0, dtype=_wide(hidden))
     w_y = unembed[targets]  # (n, D); a target that is not valid ends here
     policy, ref = (_Softmax(len(hidden), like) for _ in range(2))
@@ -212,8 +241,7 @@ def _statistics(hidden, unembed, targets, temperature, need_grad, entropy, refer
         # KL(π ‖ ref) = Σ π (log π − log ref)
         kl = gap / policy.total - log_total + ref.log_total()
     if need_grad:
-        # ∇_h log π(y) = ((1 − π(y)) W_y − Σ_{v ≠ y} π(v) W_v) / T. Not W_y − E_π[W]:
-        # where π(y) is near 1 the two nearly cancel, and in bf16 leave rounding noise.
+        # ∇_h log π(y) = ((1 − π(y)) W_y − Σ_{v ≠ y} π(v) W_v) / T, as exact near 1
         w_mean = w_mean / policy.total[:, None].to(w_mean)
         grad = -logp.expm1()[:, None].to(w_mean) * w_y - w_mean
         grad = (grad / temperature).to(hidden.dtype)
