@@ -182,7 +182,7 @@ def _quotient(raw: dict, over: str, under: str, path: Path) -> int:
 # ---------------------------------------------------------------------------- layers
 
 
-# Below this, preparing a call costs oneDNN about what it saves.
+# Smaller weights gain less, and lose where there is a single row.
 LARGE = 3 << 18
 HAS_BOTH = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
 

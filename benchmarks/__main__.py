@@ -70,7 +70,7 @@ def all_rows(model: str) -> list[Row]:
                 "prompt_tokens": prompt_tokens, "group_size": group,
                 "response_tokens": response}
 
-    # Without gradient checkpointing TRL's long setting would not fit into 24 GB.
+    # TRL's long setting keeps gradient checkpointing, its default: memory is short.
     both, tuned = ("ours", "trl"), "trl, compact head"
     rows = [Row("step, short: 2 × 57 × 8 × 64", (*both, f"{tuned}, no checkpointing"),
                 grpo(2, 57, 8, 64, 1)),
@@ -271,8 +271,9 @@ on response tokens only, as TRL does on GPUs. Ours uses oneDNN for products with
 frozen weights, the others MKL, which is what `F.linear` asks. Peak GB is the process
 (its weights too) for steps and responses, and what came on top of the start for the
 other rows. "Of GEMM": the FLOPs of a pass by its seconds, beside the best large
-product of either library just before and after. "Of the head's product": weights read
-a second, beside those that the head's product reads with as many rows."""
+product of either library just before and after; the fused attention's FLOPs are not
+counted. "Of the head's product": weights read a second, beside those that the head's
+product reads with as many rows."""
 
 
 def tables(report: dict) -> str:
