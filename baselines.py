@@ -564,18 +564,24 @@ SEARCH = {
 }
 
 
-def run_all(programs: dict[str, list[str]], seeds: list[int],
-            folder: Path) -> dict[str, list[dict]]:
+def run_all(programs: dict[str, list[str]], seeds: list[int], folder: Path,
+            once: dict[str, list[str]] | None = None) -> dict[str, list[dict]]:
     """Run every program with every seed, in processes of their own; summaries.
 
     As many run at a time as PyTorch would use threads, on the CPU with one thread each:
     on small models that is faster than more threads for one, and no score changes with
     the number of cores. Seconds may: the runs share memory and cache.
+
+    Args:
+        once: programs that run with the first seed only, and begin first.
     """
+    jobs = [(name, program, seeds[0]) for name, program in (once or {}).items()]
+    jobs += [(name, program, seed) for seed in seeds
+             for name, program in programs.items()]
     found, stop = {}, threading.Event()
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         started = {pool.submit(run_one, name, program, seed, folder, stop): (name, seed)
-                   for seed in seeds for name, program in programs.items()}
+                   for name, program, seed in jobs}
         try:
             for end in tqdm(as_completed(started), total=len(started), unit="run",
                             file=sys.stderr):
@@ -650,12 +656,15 @@ def comparison(found: dict[str, list[dict]]) -> list[str]:
             [a["behaviour"][side].get(kind, 0.0) for a in after], ".0%")
             for side, kind in (("harmful", "refuse_kind_step"), ("benign", "refuse"))]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    lines += ["", "| method | training seconds, side by side | peak GB | sampled "
-              "tokens | trained tokens | trained parameters | sampled tokens an "
-              "answer, in use |",
-              "|" + "---|" * 7]
+    lines += ["", "| method | training seconds, side by side | for 1,000 sampled "
+              "tokens | peak GB | sampled tokens | trained tokens | trained "
+              "parameters | sampled tokens an answer, in use |",
+              "|" + "---|" * 8]
     for name, runs in found.items():
         cells = [mean_and_deviation([r["training_seconds"] for r in runs], ".0f"),
+                 "–" if not runs[0]["sampled_tokens"] else mean_and_deviation(
+                     [1e3 * r["training_seconds"] / r["sampled_tokens"]
+                      for r in runs], ".2f"),
                  mean_and_deviation([r["peak_rss_gb"] for r in runs], ".2f")]
         cells += [f"{mean(r[k] for r in runs):,.0f}" for k in (
             "sampled_tokens", "trained_tokens", "trained_parameters")]
@@ -675,6 +684,9 @@ def plot(found: dict[str, list[dict]], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, places = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True)
+    base = mean(mean_of_axes(r["before"]["gold"]) for r in next(iter(found.values())))
+    for place in places:
+        place.scatter([0], [base], marker="x", color="black", label="the base")
     for name, runs in found.items():
         gold = [mean_of_axes(r["after"]["gold"]) for r in runs]
         if "kl_is_a_bound" in runs[0]["after"]:
@@ -688,6 +700,15 @@ def plot(found: dict[str, list[dict]], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def keep(found: dict[str, list[dict]], table: str, folder: Path) -> None:
+    """Write the table and what it was made from; print it."""
+    write_json(folder / "summaries.json", {
+        name: [{key: value for key, value in run.items() if key != "answers"}
+               for run in runs] for name, runs in found.items()})
+    write_whole(folder / "table.md", table + "\n")
+    print(table)
+
+
 def compare(s: Settings) -> None:
     """All methods or all ablations, with every seed: a table and a plot."""
     kind = "ablate" if s.ablate else "compare"
@@ -698,13 +719,12 @@ def compare(s: Settings) -> None:
     seeds = [int(word) for word in words]
     folder = s.out or Path("runs") / kind
     with only_writer(folder):
-        found = run_all(ABLATED if s.ablate else COMPARED, seeds, folder)
+        found = (run_all(ABLATED, seeds, folder, once=LONG) if s.ablate
+                 else run_all(COMPARED, seeds, folder))
         table = "\n".join(comparison(found))
-        write_whole(folder / "table.md", table + "\n")
+        keep(found, table, folder)
         plot(found, folder / "plot.png")
-        print(table)
         if s.ablate:
-            run_all(LONG, seeds[:1], folder)
             drawn = Path(__file__).parent / "results" / "plot.py"
             run = folder / f"a-long-run-{seeds[0]}"
             end = subprocess.run([sys.executable, str(drawn), str(run)], check=False)
@@ -730,8 +750,18 @@ def validation_prompts(path: Path, count: int = 64) -> None:
                               for row in rows))
 
 
+def searched(found: dict[str, list[dict]]) -> list[str]:
+    """A Markdown table: settings of each method, the best by the gold rubric first."""
+    rows = [(name.split(), summary["after"]) for name, [summary] in found.items()]
+    rows.sort(key=lambda row: (row[0][0], -row[1]["gold"]["R"]))
+    return ["| method | settings | gold R | reward model R | KL |", "|" + "---|" * 5,
+            *(f"| {method} | {' '.join(words)} | {after['gold']['R']:.3f} | "
+              f"{after['reward_model']['R']:.3f} | {after['kl']:.3f} |"
+              for (method, *words), after in rows)]
+
+
 def search(s: Settings) -> None:
-    """Every setting of SEARCH, judged on the validation prompts: a table a method."""
+    """Every setting of SEARCH, judged on the validation prompts."""
     home, programs = s.out or Path("runs") / "search", {}
     prompts = ["--prompts", str(home / "validation.jsonl")]
     for method, grid in SEARCH.items():
@@ -744,18 +774,8 @@ def search(s: Settings) -> None:
                 for word in (f"--{k.replace('_', '-')}", str(v)))]
     with only_writer(home):
         validation_prompts(home / "validation.jsonl")
-        found, lines = run_all(programs, [s.seed], home), []
-    for method in SEARCH:
-        rows = [(name.partition(" ")[2], summary["after"])
-                for name, [summary] in found.items() if name.split()[0] == method]
-        rows.sort(key=lambda row: -row[1]["gold"]["R"])
-        lines += [f"| {method} | gold R | reward model R | KL |", "|---|---|---|---|"]
-        lines += [f"| {name} | {after['gold']['R']:.3f} | "
-                  f"{after['reward_model']['R']:.3f} | {after['kl']:.3f} |"
-                  for name, after in rows] + [""]
-    table = "\n".join(lines)
-    write_whole(home / "table.md", table)
-    print(table)
+        found = run_all(programs, [s.seed], home)
+        keep(found, "\n".join(searched(found)), home)
 
 
 # ------------------------------------------------------------------------ command line

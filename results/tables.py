@@ -2,9 +2,9 @@
 
 For every reward model's folder: how its scores agree with the labels of the test
 prompts. For every run folder: the mean scores of held-out answers before → after, by
-everyone who judged that run; then what the text became like and, in the tiny world,
-what the answers do; then ten pairs of answers of the first run. The ten are drawn by
-`random.Random(0)`, so that nobody picked them.
+everyone who judged that run; then what the text became like, what the training cost
+and, in the tiny world, what the answers do; then ten pairs of answers of the first run.
+The ten are drawn by `random.Random(0)`, so that nobody picked them.
 """
 
 import json
@@ -57,6 +57,18 @@ def text_table(runs: dict[str, dict]) -> list[str]:
             ("base_perplexity", ".2f"), ("distinct_3_grams", ".3f"), ("length", ".1f"),
             ("cut_off", ".0%"))]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def cost_table(runs: dict[str, dict]) -> list[str]:
+    """What the training took, without the evaluations before and after it."""
+    lines = ["| run | sampled tokens | trained tokens | training seconds | seconds for "
+             "1,000 sampled tokens | peak GB |", "|" + "---|" * 6]
+    for name, run in runs.items():
+        sampled, seconds = run["sampled_tokens"], run["training_seconds"]
+        each = f"{1e3 * seconds / sampled:.1f}" if sampled else "–"
+        lines.append(f"| {name} | {sampled:,} | {run['trained_tokens']:,} | "
+                     f"{seconds:.0f} | {each} | {run['peak_rss_gb']:.2f} |")
     return lines
 
 
@@ -122,7 +134,7 @@ def main(words: list[str]) -> str | None:
         parts.append(reward_table({w: r["report"] for w, r in rewards.items()}))
     if runs:
         first = next(iter(runs.values()))
-        parts += [score_table(runs), text_table(runs)]
+        parts += [score_table(runs), text_table(runs), cost_table(runs)]
         tiny = {name: run for name, run in runs.items() if "behaviour" in run["after"]}
         if tiny:
             parts.append(behaviour_table(tiny))

@@ -339,7 +339,8 @@ def test_the_tables_hold_mean_and_deviation_of_the_runs():
     # which are not the same in every row: the mean of the axes is shown instead.
     assert "| GRPO | 0.600 ± 0.141 | 0.600 ± 0.141 | 0.700 ± 0.141 | 0.250 ± 0.000 | " \
         "50% ± 0% | 0% ± 0% |" in lines
-    assert "| GRPO | 9 ± 0 | 0.50 ± 0.00 | 1,000 | 2,000 | 12,345 | 30 |" in lines
+    assert "| GRPO | 9 ± 0 | 9.00 ± 0.00 | 0.50 ± 0.00 | 1,000 | 2,000 | 12,345 | " \
+        "30 |" in lines
     assert lines[2].startswith("| (the base) | 0.600")
     bound = summary(0.5)
     bound["after"] = bound["after"] | {"kl_is_a_bound": True}
@@ -445,7 +446,7 @@ def test_a_search_tries_all_settings_and_sorts_them_by_the_rubric(tmp_path, monk
     baselines.main(["--search", "--out", str(tmp_path)])
     table = (tmp_path / "table.md").read_text()
     assert table in capsys.readouterr().out
-    assert len(re.findall(r"^\| steps=1 ", table, re.M)) == 3
+    assert len(re.findall(r"^\| \w+ \| steps=1 ", table, re.M)) == 3
     gold = [float(x) for x in re.findall(r"lr=\S+ \| (\S+)", table)]
     assert len(gold) == 2
     assert gold == sorted(gold, reverse=True)
@@ -464,6 +465,9 @@ def test_an_ablation_runs_goes_on_and_draws_its_curves(tmp_path, monkeypatch, ca
     assert table in capsys.readouterr().out
     assert "| plain | " in table
     assert "| best of 4 | " in table
+    assert "a long run" not in table
+    kept = run.read_json(tmp_path / "summaries.json")
+    assert "\n".join(baselines.comparison(kept)) + "\n" == table
     for picture in ("plot.png", "a-long-run-3/curves.png"):
         assert (tmp_path / picture).read_bytes()[:4] == b"\x89PNG"
     # A second time nothing is run again.

@@ -3,6 +3,7 @@
 * Scores before and after stand in the row of their run and judge; the mean of the axes
   weighs them alike, whatever the weights of the run were.
 * The judge's gain is a share of the reward model's, where there is a judge and a gain.
+* What the training cost counts its tokens and seconds alone.
 * Ten answers are drawn by seed 0, not picked, and keep to one line each.
 * A reward model's agreement with its test labels stands beside its interval, and the
   mean of its axes below.
@@ -39,6 +40,8 @@ def side(a: float, b: float, judge: tuple[float, float] | None) -> dict:
 def a_run(judge: bool = True) -> dict:
     return {"before": side(0.2, 0.6, (0.3, 0.5) if judge else None),
             "after": side(0.6, 0.5, (0.5, 0.5) if judge else None),
+            "sampled_tokens": 4000, "trained_tokens": 12000, "training_seconds": 10.0,
+            "peak_rss_gb": 0.5,
             "answers": [{"prompt": f"p{i}", "before": f"b{i}\n* x", "after": f"a{i}"}
                         for i in range(30)]}
 
@@ -56,6 +59,13 @@ def test_the_judges_gain_is_a_share_of_the_reward_models(tables):
     assert "| 50% of the reward model's | 0.125 | 2.00 → 2.00 |" in lines[2]
     assert "| none | – |" in lines[3]
     assert len({line.count("|") for line in lines}) == 1
+
+
+def test_the_cost_is_that_of_the_training(tables):
+    none = a_run() | {"sampled_tokens": 0}
+    assert tables.cost_table({"one": a_run(), "none": none})[2:] == [
+        "| one | 4,000 | 12,000 | 10 | 2.5 | 0.50 |",
+        "| none | 0 | 12,000 | 10 | – | 0.50 |"]
 
 
 def test_ten_answers_are_drawn_by_seed_0_on_a_line_each(tables):
@@ -132,7 +142,7 @@ def test_the_program_prints_all_parts(tmp_path):
     (tmp_path / "run" / "summary.json").write_text(json.dumps(a_run()))
     (tmp_path / "reward").mkdir()
     (tmp_path / "reward" / "reward.json").write_text(json.dumps({"report": a_report()}))
-    for words, gaps in ((["run"], 2), (["reward"], 0), (["reward", "run"], 3)):
+    for words, gaps in ((["run"], 3), (["reward"], 0), (["reward", "run"], 4)):
         end = subprocess.run([sys.executable, str(PROGRAM), *words], check=True,
                              capture_output=True, text=True, cwd=tmp_path)
         assert end.stdout.count("\n\n") == gaps
