@@ -363,13 +363,13 @@ class Settings:
 
 # By `model.is_tiny` and method. GRPO divides R by the group's std and has its KL beside
 # it in the loss; PPO adds the KL to R and whitens the sum. So PPO's β is GRPO's 0.04
-# times that std (0.1 to 0.2). The real rows are for measuring what a step costs;
-# nothing was searched there.
+# times that std (0.1 to 0.2). The tiny rows won `--search` (results/methods); the real
+# ones are for measuring what a step costs, and nothing was searched there.
 DEFAULTS = {
     True: {"ppo": {"lr": 3e-3, "value_lr": 3e-3, "epochs": 2, "beta": 0.006,
                    "lam": 1.0},
-           "dpo": {"lr": 2e-3, "epochs": 1, "beta": 0.1},
-           "sft": {"lr": 3e-3, "epochs": 1}, "best-of-n": {}},
+           "dpo": {"lr": 2e-3, "epochs": 3, "beta": 0.5},
+           "sft": {"lr": 3e-3, "epochs": 3}, "best-of-n": {}},
     False: {"ppo": {"lr": 1e-4, "value_lr": 1e-3, "epochs": 2, "beta": 0.004,
                     "lam": 1.0},
             "dpo": {"lr": 5e-5, "epochs": 1, "beta": 0.1},
@@ -535,7 +535,9 @@ def best_of_kl(n: int) -> float:
 # What `--compare` runs, and what `--ablate` does: name → program and options.
 COMPARED = {
     "GRPO": ["grpo.py"],
-    "PPO": ["baselines.py", "--method", "ppo"],
+    "PPO": ["baselines.py", "--method", "ppo", "--group-size", "1",
+            "--prompts-per-step", "64"],
+    "PPO in GRPO groups": ["baselines.py", "--method", "ppo"],
     "DPO": ["baselines.py", "--method", "dpo"],
     "SFT on the best": ["baselines.py", "--method", "sft"],
     "best of 8": ["baselines.py", "--method", "best-of-n"],
@@ -553,14 +555,17 @@ ABLATED = {
 LONG = {"a long run": ["grpo.py", "--beta", "0.001", "--steps", "400"]}
 # Four settings for every method. GRPO had more care than that: temperature, rank and
 # steps of the tiny world were chosen for it (results/tiny), and the others take them.
+# Both samplers may spend a step's 64 responses on more prompts; PPO needs no groups.
 SEARCH = {
-    "grpo": [{"lr": lr, "beta": beta} for lr in (3e-3, 4.5e-3)
-             for beta in (0.02, 0.04)],
+    "grpo": [{"lr": 3e-3, "beta": 0.04}, {"lr": 4.5e-3, "beta": 0.02},
+             {"lr": 4.5e-3, "beta": 0.04},
+             {"lr": 4.5e-3, "beta": 0.04, "group_size": 4, "prompts_per_step": 16}],
     "ppo": [{"lr": 1.5e-3, "lam": 1.0}, {"lr": 3e-3, "lam": 1.0},
             {"lr": 3e-3, "lam": 0.95},
             {"lr": 3e-3, "lam": 1.0, "group_size": 1, "prompts_per_step": 64}],
-    "dpo": [{"lr": lr, "epochs": n} for lr in (5e-4, 2e-3) for n in (1, 3)],
-    "sft": [{"lr": lr, "epochs": n} for lr in (1e-3, 3e-3) for n in (1, 3)],
+    "dpo": [{"lr": lr, "epochs": 3, "beta": beta} for lr in (1e-3, 2e-3)
+            for beta in (0.1, 0.5)],
+    "sft": [{"lr": lr, "epochs": n} for lr in (3e-3, 6e-3) for n in (1, 3)],
 }
 
 

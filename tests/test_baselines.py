@@ -398,9 +398,18 @@ def test_bad_input_is_refused_before_anything_runs(words, why, tmp_path, monkeyp
 
 
 def test_settings_of_the_comparison_are_among_those_that_were_searched():
-    for method, grid in baselines.SEARCH.items():
-        used = ({"lr": grpo.DEFAULTS[True]["lr"], "beta": grpo.Settings.beta}
-                if method == "grpo" else baselines.DEFAULTS[True][method])
+    sizes = {"group_size": grpo.Settings.group_size,
+             "prompts_per_step": grpo.DEFAULTS[True]["prompts_per_step"]}
+    for program, *words in baselines.COMPARED.values():
+        given = {key.strip("-").replace("-", "_"): value
+                 for key, value in zip(words[::2], words[1::2], strict=True)}
+        method = given.pop("method", "grpo")
+        if method == "best-of-n":
+            continue
+        used = sizes | ({"lr": grpo.DEFAULTS[True]["lr"], "beta": grpo.Settings.beta}
+                        if program == "grpo.py" else baselines.DEFAULTS[True][method])
+        used |= {key: int(value) for key, value in given.items()}
+        grid = [sizes | options for options in baselines.SEARCH[method]]
         assert any(all(used.get(key, value) == value for key, value in options.items())
                    for options in grid), method
 
