@@ -331,7 +331,7 @@ class Settings:
                          choices=["ppo", "dpo", "sft", "best-of-n"])
     compare: bool = option(False, "run all methods with all --seeds; print the table")
     ablate: bool = option(False, "the same for the parts of GRPO, one by one")
-    search: bool = option(False, "try four settings of each method on other prompts")
+    search: bool = option(False, "try five settings of each method on other prompts")
     seeds: str = option("0,1,2", "of --compare and --ablate")
     size: str = option("tiny", "as grpo.py has it", choices=[*grpo.SIZES])
     model: str | None = option(None, "checkpoint folder or Hub name, instead of --size")
@@ -553,19 +553,20 @@ ABLATED = {
 }
 # The over-optimisation curve: a policy that hardly pays for leaving its base, for long.
 LONG = {"a long run": ["grpo.py", "--beta", "0.001", "--steps", "400"]}
-# Four settings for every method. GRPO had more care than that: temperature, rank and
+# Five settings for every method. GRPO had more care than that: temperature, rank and
 # steps of the tiny world were chosen for it (results/tiny), and the others take them.
 # Both samplers may spend a step's 64 responses on more prompts; PPO needs no groups.
 SEARCH = {
-    "grpo": [{"lr": 3e-3, "beta": 0.04}, {"lr": 4.5e-3, "beta": 0.02},
-             {"lr": 4.5e-3, "beta": 0.04},
-             {"lr": 4.5e-3, "beta": 0.04, "group_size": 4, "prompts_per_step": 16}],
+    "grpo": [{"lr": lr, "beta": beta} for lr in (3e-3, 4.5e-3)
+             for beta in (0.02, 0.04)]
+    + [{"lr": 4.5e-3, "beta": 0.04, "group_size": 4, "prompts_per_step": 16}],
     "ppo": [{"lr": 1.5e-3, "lam": 1.0}, {"lr": 3e-3, "lam": 1.0},
-            {"lr": 3e-3, "lam": 0.95},
+            {"lr": 3e-3, "lam": 0.95}, {"lr": 3e-3, "lam": 1.0, "value_lr": 1e-2},
             {"lr": 3e-3, "lam": 1.0, "group_size": 1, "prompts_per_step": 64}],
     "dpo": [{"lr": lr, "epochs": 3, "beta": beta} for lr in (1e-3, 2e-3)
-            for beta in (0.1, 0.5)],
-    "sft": [{"lr": lr, "epochs": n} for lr in (3e-3, 6e-3) for n in (1, 3)],
+            for beta in (0.1, 0.5)] + [{"lr": 2e-3, "epochs": 3, "beta": 1.0}],
+    "sft": [{"lr": lr, "epochs": n} for lr in (3e-3, 6e-3) for n in (1, 3)]
+    + [{"lr": 3e-3, "epochs": 6}],
 }
 
 

@@ -1,8 +1,13 @@
-"""results/: every figure of its README, and of the main one, is the runs' own.
+"""results/: every figure of its READMEs, and of the main one, is the runs' own.
 
+In 0.5b/:
 * The tables and answers are what `results/tables.py` prints for the folders beside it.
 * The noise that the text states is the largest difference between the two seeds.
 * The commands name the settings of the runs; the checkpoint is named, no machine is.
+In methods/:
+* The tables of the methods, their ablations, their search and their cost are made from
+  the summaries beside them, and these are of today's methods and settings.
+* Every method that trains improves the gold scores in every seed.
 """
 
 import json
@@ -12,6 +17,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+import baselines
 
 ROOT = Path(__file__).parent.parent
 HOME = ROOT / "results" / "0.5b"
@@ -78,3 +85,51 @@ def test_the_checkpoint_is_named_and_no_machine_is():
     for path in HOME.rglob("*"):
         if path.suffix in (".json", ".jsonl", ".md"):
             assert not re.search(r"\"/(?!/)\w+/", path.read_text()), path
+
+
+METHODS = ROOT / "results" / "methods"
+
+
+def summaries(name: str) -> dict[str, list[dict]]:
+    return json.loads((METHODS / f"{name}.json").read_text())
+
+
+@pytest.mark.parametrize(("name", "table"), [
+    ("compare", baselines.comparison), ("ablate", baselines.comparison),
+    ("search", baselines.searched)])
+def test_a_table_of_the_methods_is_that_of_its_runs(name, table):
+    text, lines = (METHODS / "README.md").read_text(), table(summaries(name))
+    assert "\n".join(lines) in text
+    if name == "compare":
+        for line in filter(None, lines):
+            assert line in (ROOT / "README.md").read_text()
+
+
+def test_the_methods_and_settings_are_todays():
+    assert list(summaries("compare")) == list(baselines.COMPARED)
+    assert list(summaries("ablate")) == list(baselines.ABLATED)
+    wanted = [" ".join([method, *(f"{k}={v}" for k, v in options.items())])
+              for method, grid in baselines.SEARCH.items() for options in grid]
+    assert list(summaries("search")) == wanted
+
+
+def test_every_method_that_trains_improves_in_every_seed():
+    for name, runs in summaries("compare").items():
+        assert [run["seed"] for run in runs] == [0, 1, 2]
+        for run in runs:
+            gain = run["after"]["gold"]["R"] - run["before"]["gold"]["R"]
+            assert gain > 0.05, (name, run["seed"], gain)
+
+
+def test_what_a_step_costs_is_the_runs_own():
+    text = (METHODS / "README.md").read_text()
+    names = [str(p.parent.relative_to(METHODS))
+             for p in METHODS.glob("cost-*/*/summary.json")]
+    assert len(names) == 8
+    printed = subprocess.run(
+        [sys.executable, str(ROOT / "results" / "tables.py"), *sorted(names)],
+        cwd=METHODS, check=True, capture_output=True, text=True).stdout
+    for name in names:
+        [line] = [line for line in printed.splitlines()
+                  if re.match(rf"\| {re.escape(name)} \| [\d,]+ \|", line)]
+        assert line in text
