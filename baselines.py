@@ -8,8 +8,9 @@ log-probs and evaluation as `grpo.py`. What differs is what this file shows.
 
 PPO   (InstructGPT, arXiv 2203.02155; PPO, arXiv 1707.06347)
       A critic V, the fourth role of the base, says what each token may still earn. The
-      KL to the base is part of the reward, token by token. β is fixed, a pass over a
-      step is one update, and no pretraining text is mixed in.
+      KL to the base is part of the reward, token by token. Unlike InstructGPT's: β is
+      fixed, a pass over a step is one update, no pretraining text is mixed in, the
+      critic starts from nothing instead of the reward model, and λ is 1, not 0.95.
 [P1]  r_t = −β (log π_old − log ref)_t + R · 1[t is the last token]
 [P2]  δ_t = r_t + γ V_{t+1} − V_t       A_t = Σ_l (γλ)^l δ_{t+l}     (arXiv 1506.02438)
       Ret_t = A_t + V_t: what V should have said; V_old: V before the first update
@@ -198,10 +199,13 @@ def make_experience(run: Run, critic: Critic, batch: Batch, beta: float, gamma: 
     rewards = token_rewards(batch.reward.to(logp), logp, logp_ref, mask, beta)
     advantage, returns = gae(rewards, values, mask, gamma, lam)
     left, whole = (x[mask].var(correction=0) for x in (returns - values, returns))
-    # An explained variance that stays at 0 says that the critic has learnt nothing.
+    # Stays at 0 while the critic has learnt nothing (λ = 1; below it Ret holds V, too).
     metrics = {"kl_k1": (logp - logp_ref)[mask].mean().item(),
-               "explained_variance": 1 - (left / whole.clamp(min=1e-12)).item()}
-    return Experience(logp, values, whiten(advantage, mask), returns), metrics
+               "explained_variance": 1 - (left / whole.clamp(min=1e-12)).item(),
+               "advantage_std": advantage[mask].std(correction=0).item()}
+    advantage = whiten(advantage, mask)
+    batch.advantage = advantage.sum(1) / mask.sum(1)  # (B,), for samples.jsonl
+    return Experience(logp, values, advantage, returns), metrics
 
 
 def parts_of(run: Run, batch: Batch, name: str | None) -> Iterator[tuple]:
@@ -363,8 +367,9 @@ class Settings:
 
 # By `model.is_tiny` and method. GRPO divides R by the group's std and has its KL beside
 # it in the loss; PPO adds the KL to R and whitens the sum. So PPO's β is GRPO's 0.04
-# times that std (0.1 to 0.2). The tiny rows won `--search` (results/methods); the real
-# ones are for measuring what a step costs, and nothing was searched there.
+# times that std (0.1 to 0.2). The tiny rates, epochs, λ and DPO's β won `--search`
+# (results/methods). The real rows are for measuring what a step costs; nothing was
+# searched there.
 DEFAULTS = {
     True: {"ppo": {"lr": 3e-3, "value_lr": 3e-3, "epochs": 2, "beta": 0.006,
                    "lam": 1.0},
@@ -375,6 +380,12 @@ DEFAULTS = {
             "dpo": {"lr": 5e-5, "epochs": 1, "beta": 0.1},
             "sft": {"lr": 5e-5, "epochs": 1}, "best-of-n": {}},
 }
+
+
+# Options that only some methods know: a sweep over one that does nothing would mislead.
+KNOWN = {"ppo": {"lr", "rank", "value_lr", "epochs", "clip", "beta", "gamma", "lam"},
+         "dpo": {"lr", "rank", "epochs", "beta"}, "sft": {"lr", "rank", "epochs"},
+         "best-of-n": set()}
 
 
 def resolve(s: Settings) -> Settings:
@@ -441,14 +452,16 @@ def train_ppo(run: Run, prompts: list[Prompt], s: Settings) -> list[nn.Parameter
             if step == 1:  # else the critic would spend its first steps on the mean
                 nn.init.constant_(critic.head.bias, batch.reward.mean().item())
             metrics = grpo.describe(run, batch)
+            del metrics["dead_groups"]  # PPO compares with the critic, not the group
             with clock("values"):
                 old, found = make_experience(run, critic, batch, s.beta, s.gamma, s.lam)
+            metrics |= found
             with clock("training"):
                 for _ in range(s.epochs):
                     metrics |= ppo_update(run, critic, batch, old, s.clip)
                     metrics |= update(optimizer)
             progress.write({
-                "step": step, **metrics, **found,
+                "step": step, **metrics,
                 "trained_tokens": 2 * s.epochs * metrics["tokens"],  # policy and critic
                 "seconds": time.perf_counter() - started,
                 **{f"seconds_{phase}": t for phase, t in clock.seconds.items()}})
@@ -549,6 +562,7 @@ ABLATED = {
     "GDPO": ["grpo.py", "--advantage", "gdpo"],
     "no division by the std": ["grpo.py", "--advantage", "mean-only"],
     "beta 0": ["grpo.py", "--beta", "0"],
+    "two updates a batch": ["grpo.py", "--inner-steps", "2"],
     "PPO at GRPO's updates": ["baselines.py", "--method", "ppo", "--epochs", "1"],
 }
 # The over-optimisation curve: a policy that hardly pays for leaving its base, for long.
@@ -584,10 +598,11 @@ def run_all(programs: dict[str, list[str]], seeds: list[int], folder: Path,
     jobs = [(name, program, seeds[0]) for name, program in (once or {}).items()]
     jobs += [(name, program, seed) for seed in seeds
              for name, program in programs.items()]
+    claimed = [claim(name, program, seed, folder) for name, program, seed in jobs]
     found, stop = {}, threading.Event()
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        started = {pool.submit(run_one, name, program, seed, folder, stop): (name, seed)
-                   for name, program, seed in jobs}
+        started = {pool.submit(run_one, *one, stop): (name, seed)
+                   for one, (name, _, seed) in zip(claimed, jobs, strict=True)}
         try:
             for end in tqdm(as_completed(started), total=len(started), unit="run",
                             file=sys.stderr):
@@ -597,24 +612,41 @@ def run_all(programs: dict[str, list[str]], seeds: list[int], folder: Path,
     return {name: [found[name, seed] for seed in seeds] for name in programs}
 
 
-def run_one(name: str, program: list[str], seed: int, folder: Path,
-            stop: threading.Event) -> dict:
+def claim(name: str, program: list[str], seed: int, folder: Path) -> tuple[Path, dict]:
+    """The folder of a run, and the note beside it: its command and all settings.
+
+    A folder with another note, or with none, is refused: its figures are of other
+    settings, perhaps of defaults that have changed, or not of a comparison.
+    """
+    out = folder / f"{name.replace(' ', '-').lower()}-{seed}"
+    words = [*program, "--device", "cpu", "--seed", str(seed), "--out", str(out)]
+    cls, fill = ((grpo.Settings, grpo.resolve) if program[0] == "grpo.py"
+                 else (Settings, resolve))
+    used = dataclasses.asdict(fill(parse_settings(cls, "", words[1:])))
+    note = {"command": words,
+            "settings": {k: str(v) if isinstance(v, Path) else v
+                         for k, v in used.items()}}
+    path = out.with_name(f"{out.name}.json")
+    require(path.is_file() or not out.exists(), f"{out} is not from such a comparison; "
+            "choose another --out")
+    require(not path.is_file() or read_json(path) == note, f"{out} is of another "
+            f"command or of other settings (see {path}); choose another --out")
+    return out, note
+
+
+def run_one(out: Path, note: dict, stop: threading.Event) -> dict:
     """One run's summary; nothing, if another has set `stop`.
 
-    A run of the same command that is finished already is not repeated, and one that was
-    interrupted goes on (baselines: starts again).
+    A run that is finished already is not repeated, and one that was interrupted goes on
+    (baselines: starts again).
     """
     if stop.is_set():
         return {}
-    out = folder / f"{name.replace(' ', '-').lower()}-{seed}"
-    words = [*program, "--device", "cpu", "--seed", str(seed), "--out", str(out)]
-    said, printed = (folder / f"{out.name}.{end}" for end in ("json", "txt"))
-    require(said.is_file() or not out.exists(), f"{out} is not from such a comparison; "
-            "choose another --out")
-    require(not said.is_file() or read_json(said).get("command") == words,
-            f"{out} is of another command ({said}); choose another --out")
-    if not (out / CHECKSUMS).is_file():
-        write_json(said, {"command": words})
+    if (out / CHECKSUMS).is_file():
+        return read_json(out / "summary.json")
+    words, printed = note["command"], out.with_name(f"{out.name}.txt")
+    try:
+        write_json(out.with_name(f"{out.name}.json"), note)
         if (out / grpo.CONFIG).is_file() and words[0] == "grpo.py":
             words = ["grpo.py", "--resume", str(out)]
         else:
@@ -625,10 +657,11 @@ def run_one(name: str, program: list[str], seed: int, folder: Path,
             end = subprocess.run([sys.executable, script, *words[1:]], check=False,
                                  stdout=file, stderr=file,
                                  env=os.environ | {"OMP_NUM_THREADS": "1"})
-        if end.returncode:
-            stop.set()
         require(end.returncode == 0, f"{' '.join(words)} ended with status "
                 f"{end.returncode}; see {printed}")
+    except BaseException:
+        stop.set()  # before this worker takes the next run
+        raise
     return read_json(out / "summary.json")
 
 
@@ -649,7 +682,8 @@ def comparison(found: dict[str, list[dict]]) -> list[str]:
     base = [{"after": run["before"]} for run in next(iter(found.values()))]
     axes = [axis for axis in base[0]["after"]["gold"] if axis != "R"]
     lines = ["| method | gold: mean of axes | " + " | ".join(axes) + " | reward model: "
-             "mean of axes | KL | kind refusals with a step | refusals of benign |",
+             "mean of axes | KL, nats a token | kind refusals with a step | refusals "
+             "of benign |",
              "|" + "---|" * (len(axes) + 6)]
     for name, runs in {"(the base)": base, **found}.items():
         after = [run["after"] for run in runs]
@@ -697,7 +731,8 @@ def plot(found: dict[str, list[dict]], path: Path) -> None:
         gold = [mean_of_axes(r["after"]["gold"]) for r in runs]
         if "kl_is_a_bound" in runs[0]["after"]:
             name += " (KL: upper bound)"
-        places[0].scatter([r["training_seconds"] for r in runs], gold, label=name)
+        if runs[0]["trained_parameters"]:  # best of n is free only until it is used
+            places[0].scatter([r["training_seconds"] for r in runs], gold, label=name)
         places[1].scatter([r["after"]["kl"] for r in runs], gold, label=name)
     places[0].set(xlabel="training seconds", ylabel="gold: mean of axes, held out")
     places[1].set(xlabel="KL to the base, nats a token")
@@ -719,10 +754,9 @@ def compare(s: Settings) -> None:
     """All methods or all ablations, with every seed: a table and a plot."""
     kind = "ablate" if s.ablate else "compare"
     words = [seed.strip() for seed in s.seeds.split(",")]
-    require(all(re.fullmatch("[0-9]{1,9}", word) for word in words)
-            and len(set(words)) == len(words),
+    seeds = [int(word) for word in words if re.fullmatch("[0-9]{1,9}", word)]
+    require(len(set(seeds)) == len(words),
             f"--seeds {s.seeds}: expected different numbers, such as 0,1,2")
-    seeds = [int(word) for word in words]
     folder = s.out or Path("runs") / kind
     with only_writer(folder):
         found = (run_all(ABLATED, seeds, folder, once=LONG) if s.ablate
@@ -799,6 +833,9 @@ def main(argv: list[str] | None = None) -> None:
                 + ", ".join(f"--{name.replace('_', '-')}" for name in sorted(other)))
         (search if s.search else compare)(s)
         return
+    other = given_options(Settings, argv).keys() & KNOWN["ppo"] - KNOWN[s.method]
+    require(not other, f"--method {s.method} does not use "
+            + ", ".join(f"--{name.replace('_', '-')}" for name in sorted(other)))
     s = resolve(s)
     require(int(os.environ.get("WORLD_SIZE", "1")) == 1, "baselines.py runs in one "
             "process; start it without torchrun")
@@ -807,9 +844,11 @@ def main(argv: list[str] | None = None) -> None:
         shared, out=shared.out or grpo.free_folder(shared, s.method))
     with only_writer(shared.out):
         run, prompts, held_out = grpo.prepare(shared)
-        own = {name: getattr(s, name) for name in (
-            "method", "value_lr", "epochs", "beta", "gamma", "lam")}
-        write_json(run.folder / grpo.CONFIG, grpo.config_of(run) | own)
+        unused = {"inner_steps", "kl", "loss"} | (KNOWN["ppo"] - KNOWN[s.method])
+        own = {name: getattr(s, name) for name in ("method", *sorted(KNOWN[s.method]))}
+        write_json(run.folder / grpo.CONFIG, {
+            name: value for name, value in (grpo.config_of(run) | own).items()
+            if name not in unused or name in own})
         before = grpo.evaluate(run, held_out, "before")
         if s.method == "best-of-n":
             with Progress(run, 0):  # nothing to learn: empty files

@@ -44,7 +44,8 @@ def data_of(folder: Path) -> dict:
     told = json.loads(summary.read_text()) if summary.is_file() else {}
     return {
         "name": folder.name, "axes": config["axes"], "weights": config["weights_used"],
-        "advantage": config["advantage"], "min_std": config["min_std"],
+        "advantage": config["advantage"], "method": config.get("method", "grpo"),
+        "min_std": config["min_std"],
         "steps": [m["step"] for m in metrics],
         "curves": {
             "R": [m["R"] for m in metrics],

@@ -311,6 +311,14 @@ def test_every_method_runs_and_leaves_the_files_of_a_run(method, tmp_path):
     assert sum(m["trained_tokens"] for m in lines) > 0
     summary = run.read_json(folder / "summary.json")
     assert summary["after"]["kl"] > 1e-9  # it has moved
+    # The folder names what the method uses, and no more.
+    config = run.read_json(folder / "config.json")
+    assert ("lam" in config, "beta" in config, "inner_steps" in config) == (
+        method == "ppo", method != "sft", False)
+    advantages = [json.loads(line)["advantage"] for line in
+                  (folder / "samples.jsonl").read_text().splitlines()]
+    if method == "ppo":  # of the critic, whitened over the step's tokens
+        assert all(min(step) < 0 < max(step) for step in (advantages[:8], advantages[8:]))
     assert SIZES["tiny"] in summary["model"] or "tiny" in summary["model"]
     # What is made for runs of grpo.py takes these too: the page and the chat.
     assert subprocess.run([sys.executable, "results/report.py", str(folder)],
@@ -360,10 +368,9 @@ def test_an_interrupted_comparison_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(baselines.subprocess, "run", finish)
     programs = {"GRPO": ["grpo.py"], "PPO": ["baselines.py", "--method", "ppo"]}
     for name, words in programs.items():  # cut short: settings, and no checksums
-        out = tmp_path / f"{name.lower()}-0"
+        out, note = baselines.claim(name, words, 0, tmp_path)
         run.write_json(out / "config.json", {})
-        words = [*words, "--device", "cpu", "--seed", "0", "--out", str(out)]
-        run.write_json(tmp_path / f"{out.name}.json", {"command": words})
+        run.write_json(tmp_path / f"{out.name}.json", note)
     found = baselines.run_all(programs, [0], tmp_path)
     assert sorted(commands) == [  # they run side by side
         ["--method", "ppo", "--device", "cpu", "--seed", "0", "--out",
@@ -375,6 +382,9 @@ def test_an_interrupted_comparison_goes_on(tmp_path, monkeypatch):
     programs = {"GRPO": ["grpo.py", "--steps", "3"]}
     with pytest.raises(run.UserError, match="grpo-0 is of another command"):
         baselines.run_all(programs, [0], tmp_path)
+    monkeypatch.setitem(baselines.DEFAULTS[True]["ppo"], "lr", 1e-3)
+    with pytest.raises(run.UserError, match="of another command or of other set"):
+        baselines.run_all({"PPO": ["baselines.py", "--method", "ppo"]}, [0], tmp_path)
     run.write_json(tmp_path / "dpo-0" / "config.json", {})  # somebody's own run
     with pytest.raises(run.UserError, match="dpo-0 is not from such a comparison"):
         baselines.run_all({"DPO": ["baselines.py", "--method", "dpo"]}, [0], tmp_path)
@@ -387,8 +397,12 @@ def test_an_interrupted_comparison_goes_on(tmp_path, monkeypatch):
     (["--search", "--seeds", "1"], "--search does not go with --seeds"),
     (["--compare", "--seeds", "0,x"], "--seeds 0,x: expected different numbers"),
     (["--compare", "--seeds", "0,0"], "--seeds 0,0: expected different numbers"),
+    (["--compare", "--seeds", "0,00"], "--seeds 0,00: expected different numbers"),
     (["--ablate", "--seeds", "²"], "--seeds ²: expected different numbers"),
     (["--method", "dpo", "--beta", "0"], "--beta 0 leaves DPO without a gradient"),
+    (["--method", "dpo", "--lam", "1", "--value-lr", "1"],
+     "--method dpo does not use --lam, --value-lr"),
+    (["--method", "sft", "--beta", "1"], "--method sft does not use --beta"),
     (["--method", "sft", "--group-size", "1"], "a group needs at least 2")])
 def test_bad_input_is_refused_before_anything_runs(words, why, tmp_path, monkeypatch):
     monkeypatch.setattr(baselines.subprocess, "run", None)
@@ -415,10 +429,9 @@ def test_settings_of_the_comparison_are_among_those_that_were_searched():
 
 
 def test_a_run_that_is_still_being_written_is_left_alone(tmp_path):
-    out = tmp_path / "ppo-0"
-    words = ["baselines.py", "--device", "cpu", "--seed", "0", "--out", str(out)]
+    out, note = baselines.claim("PPO", ["baselines.py"], 0, tmp_path)
     run.write_json(out / "config.json", {})
-    run.write_json(tmp_path / "ppo-0.json", {"command": words})
+    run.write_json(tmp_path / "ppo-0.json", note)
     with run.only_writer(out), pytest.raises(run.UserError, match="another process"):
         baselines.run_all({"PPO": ["baselines.py"]}, [0], tmp_path)
     assert (out / "config.json").is_file()
@@ -436,6 +449,16 @@ def test_after_a_failure_no_other_run_begins(tmp_path, monkeypatch):
     with pytest.raises(run.UserError, match="ended with status 1"):
         baselines.run_all({"PPO": ["baselines.py"]}, [0, 1, 2], tmp_path)
     assert len(commands) == 1
+
+
+def test_a_folder_that_is_not_ours_is_refused_before_anything_runs(tmp_path,
+                                                                   monkeypatch):
+    monkeypatch.setattr(baselines.subprocess, "run", None)
+    run.write_json(tmp_path / "dpo-1" / "config.json", {})
+    with pytest.raises(run.UserError, match="dpo-1 is not from such a comparison"):
+        baselines.run_all({"PPO": ["baselines.py"], "DPO": [
+            "baselines.py", "--method", "dpo"]}, [0, 1], tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["dpo-1"]
 
 
 def test_a_run_that_fails_ends_the_comparison_in_one_line(tmp_path):
