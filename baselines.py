@@ -371,10 +371,10 @@ class Settings:
 # (results/methods). The real rows are for measuring what a step costs; nothing was
 # searched there.
 DEFAULTS = {
-    True: {"ppo": {"lr": 3e-3, "value_lr": 3e-3, "epochs": 2, "beta": 0.006,
+    True: {"ppo": {"lr": 3e-3, "value_lr": 1e-2, "epochs": 2, "beta": 0.006,
                    "lam": 1.0},
            "dpo": {"lr": 2e-3, "epochs": 3, "beta": 0.5},
-           "sft": {"lr": 3e-3, "epochs": 3}, "best-of-n": {}},
+           "sft": {"lr": 3e-3, "epochs": 6}, "best-of-n": {}},
     False: {"ppo": {"lr": 1e-4, "value_lr": 1e-3, "epochs": 2, "beta": 0.004,
                     "lam": 1.0},
             "dpo": {"lr": 5e-5, "epochs": 1, "beta": 0.1},
@@ -548,8 +548,8 @@ def best_of_kl(n: int) -> float:
 # What `--compare` runs, and what `--ablate` does: name → program and options.
 COMPARED = {
     "GRPO": ["grpo.py"],
-    "PPO": ["baselines.py", "--method", "ppo", "--group-size", "1",
-            "--prompts-per-step", "64"],
+    "PPO": ["baselines.py", "--method", "ppo", "--value-lr", "3e-3",
+            "--group-size", "1", "--prompts-per-step", "64"],
     "PPO in GRPO groups": ["baselines.py", "--method", "ppo"],
     "DPO": ["baselines.py", "--method", "dpo"],
     "SFT on the best": ["baselines.py", "--method", "sft"],
@@ -574,9 +574,10 @@ SEARCH = {
     "grpo": [{"lr": lr, "beta": beta} for lr in (3e-3, 4.5e-3)
              for beta in (0.02, 0.04)]
     + [{"lr": 4.5e-3, "beta": 0.04, "group_size": 4, "prompts_per_step": 16}],
-    "ppo": [{"lr": 1.5e-3, "lam": 1.0}, {"lr": 3e-3, "lam": 1.0},
-            {"lr": 3e-3, "lam": 0.95}, {"lr": 3e-3, "lam": 1.0, "value_lr": 1e-2},
-            {"lr": 3e-3, "lam": 1.0, "group_size": 1, "prompts_per_step": 64}],
+    "ppo": [{"lr": lr, "lam": lam, "value_lr": value_lr} for lr, lam, value_lr in (
+        (1.5e-3, 1.0, 3e-3), (3e-3, 1.0, 3e-3), (3e-3, 0.95, 3e-3), (3e-3, 1.0, 1e-2))]
+    + [{"lr": 3e-3, "lam": 1.0, "value_lr": 3e-3, "group_size": 1,
+        "prompts_per_step": 64}],
     "dpo": [{"lr": lr, "epochs": 3, "beta": beta} for lr in (1e-3, 2e-3)
             for beta in (0.1, 0.5)] + [{"lr": 2e-3, "epochs": 3, "beta": 1.0}],
     "sft": [{"lr": lr, "epochs": n} for lr in (3e-3, 6e-3) for n in (1, 3)]
