@@ -94,15 +94,33 @@ def summaries(name: str) -> dict[str, list[dict]]:
     return json.loads((METHODS / f"{name}.json").read_text())
 
 
+def cells(lines: list[str]) -> dict[str, dict[str, str]]:
+    """A Markdown table: first cell → title → cell."""
+    titles, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")]
+                        for line in lines)
+    return {row[0]: dict(zip(titles, row, strict=True)) for row in rows}
+
+
 @pytest.mark.parametrize(("name", "table"), [
     ("compare", baselines.comparison), ("ablate", baselines.comparison),
     ("search", baselines.searched)])
 def test_a_table_of_the_methods_is_that_of_its_runs(name, table):
     text, lines = (METHODS / "README.md").read_text(), table(summaries(name))
     assert "\n".join(lines) in text
-    if name == "compare":
-        for line in filter(None, lines):
-            assert line in (ROOT / "README.md").read_text()
+
+
+def test_the_main_readme_shows_the_comparison():
+    """In one table of fewer columns, under the same titles."""
+    lines = baselines.comparison(summaries("compare"))
+    whole, costs = cells(lines[:lines.index("")]), cells(lines[lines.index("") + 1:])
+    text = (ROOT / "README.md").read_text().splitlines()
+    [start] = [i for i, line in enumerate(text) if line.startswith("| method |")]
+    shown = cells(text[start:text.index("", start)])
+    assert list(shown) == list(whole)
+    for name, row in shown.items():
+        for title, cell in row.items():
+            assert cell == (whole[name] | costs.get(name, {})).get(title, "–"), title
+    assert len(row) >= 10
 
 
 def test_the_methods_and_settings_are_todays():
