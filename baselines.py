@@ -4,23 +4,26 @@ The paper's claims are comparisons: GRPO costs less than PPO-based RLHF, since i
 no critic; and DPO sees one preference where GRPO sees several objectives (by default
 GRPO too sees only their weighted sum; `--advantage gdpo` sees the axes). Here the
 others stand, on the same path: the same frozen base and LoRA, sampling, reward model,
-log-probs and evaluation as `grpo.py`. What differs is what this file shows.
+log-probs and evaluation as `grpo.py`. What differs is what this file shows, and what
+came of it stands in results/methods.
 
 PPO   (InstructGPT, arXiv 2203.02155; PPO, arXiv 1707.06347)
-      A critic V, the fourth role of the base, says what each token may still earn. The
-      KL to the base is part of the reward, token by token. Unlike InstructGPT's: β is
-      fixed, a pass over a step is one update, no pretraining text is mixed in, the
-      critic starts from nothing instead of the reward model, and λ is 1, not 0.95.
+      A critic V, the frozen base's role beside policy, reward model and reference, says
+      what each token may still earn. The KL to the base is part of the reward, token by
+      token. Unlike InstructGPT's: a pass over a step is one update, no pretraining text
+      is mixed in, and the critic starts from the mean R instead of the reward model; λ
+      is 1, where 0.95 is usual.
 [P1]  r_t = −β (log π_old − log ref)_t + R · 1[t is the last token]
 [P2]  δ_t = r_t + γ V_{t+1} − V_t       A_t = Σ_l (γλ)^l δ_{t+l}     (arXiv 1506.02438)
       Ret_t = A_t + V_t: what V should have said; V_old: V before the first update
-[P3]  J = mean_t min(ρ A, clip(ρ, 1 ± ε) A)
+[P3]  J = mean_t min(ρ A, clip(ρ, 1 ± ε) A), A whitened over the step
 [P4]  L_V = ½ mean_t max((V − Ret)², (V_old + clip(V − V_old, ± ε) − Ret)²)
 
 DPO   (arXiv 2305.18290) No sampling while it learns: pairs of the base's own answers,
       the best (chosen) and the worst (rejected) of a group by R. All axes have become
       one preference.
-[D1]  L = −log σ(β [(log π − log ref)(best) − (log π − log ref)(worst)])
+[D1]  L = −log σ(β [(log π − log ref)(best) − (log π − log ref)(worst)]), log π summed
+      over the response's tokens
 
 SFT   Rejection sampling: imitate the best answer of each group. One round, on answers
       of the base itself (RAFT, arXiv 2304.06767, goes on with those of the policy).
@@ -32,7 +35,7 @@ Best of n needs no training, and n times the sampling whenever it is used.
     python baselines.py --method ppo
     python baselines.py --compare --seeds 0,1,2      # everything, and the table
 
-Shapes: as in `grpo.py`; n rows of one group, C response tokens.
+Shapes: as in `grpo.py`; (n, …) rows of one group, C response tokens.
 """
 
 import dataclasses
@@ -545,7 +548,9 @@ def best_of_kl(n: int) -> float:
 
 # ---------------------------------------------------------------------- the comparison
 
-# What `--compare` runs, and what `--ablate` does: name → program and options.
+# What `--compare` runs, and what `--ablate` does: name → program and options. PPO is
+# there twice: its best setting, 64 prompts with a response each, where no prompt is
+# shared; and its best one in groups, whose costs compare with GRPO's.
 COMPARED = {
     "GRPO": ["grpo.py"],
     "PPO": ["baselines.py", "--method", "ppo", "--value-lr", "3e-3",
@@ -567,9 +572,10 @@ ABLATED = {
 }
 # The over-optimisation curve: a policy that hardly pays for leaving its base, for long.
 LONG = {"a long run": ["grpo.py", "--beta", "0.001", "--steps", "400"]}
-# Five settings for every method. GRPO had more care than that: temperature, rank and
-# steps of the tiny world were chosen for it (results/tiny), and the others take them.
-# Both samplers may spend a step's 64 responses on more prompts; PPO needs no groups.
+# Five settings for every method; its default is the best by gold R, on prompts that are
+# held out for this alone. GRPO had more care than that: temperature, rank and steps of
+# the tiny world were chosen for it (results/tiny), and the others take them. GRPO and
+# PPO may spend a step's 64 responses on more prompts; PPO needs no groups.
 SEARCH = {
     "grpo": [{"lr": lr, "beta": beta} for lr in (3e-3, 4.5e-3)
              for beta in (0.02, 0.04)]

@@ -150,7 +150,7 @@ def make_advantage(scores: Tensor, weights: Tensor, kind: str = "group",
 def kl_estimate(logp: Tensor, logp_ref: Tensor, kind: str = "k3") -> Tensor:
     """Estimate KL(π ‖ ref) from sampled tokens: logp, logp_ref (B, C) → (B, C).
 
-    The mean of k1 and k3 is right, and k2's nearly; in a loss their *gradients* count,
+    k1 and k3 are right in expectation, k2 nearly; in a loss their *gradients* count,
     and these differ. On-policy, with the samples fixed, δ = log ref − log π, E over π:
 
         k1 = −δ            ∇ → E[∇ log π] = 0: no pull at all, only noise
