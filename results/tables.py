@@ -66,9 +66,9 @@ def cost_table(runs: dict[str, dict]) -> list[str]:
              "1,000 sampled tokens | peak GB |", "|" + "---|" * 6]
     for name, run in runs.items():
         sampled, seconds = run["sampled_tokens"], run["training_seconds"]
-        each = f"{1e3 * seconds / sampled:.1f}" if sampled else "–"
+        each = f"{1e3 * seconds / sampled:.3g}" if sampled else "–"
         lines.append(f"| {name} | {sampled:,} | {run['trained_tokens']:,} | "
-                     f"{seconds:.0f} | {each} | {run['peak_rss_gb']:.2f} |")
+                     f"{seconds:.1f} | {each} | {run['peak_rss_gb']:.2f} |")
     return lines
 
 

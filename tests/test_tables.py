@@ -64,8 +64,8 @@ def test_the_judges_gain_is_a_share_of_the_reward_models(tables):
 def test_the_cost_is_that_of_the_training(tables):
     none = a_run() | {"sampled_tokens": 0}
     assert tables.cost_table({"one": a_run(), "none": none})[2:] == [
-        "| one | 4,000 | 12,000 | 10 | 2.5 | 0.50 |",
-        "| none | 0 | 12,000 | 10 | – | 0.50 |"]
+        "| one | 4,000 | 12,000 | 10.0 | 2.5 | 0.50 |",
+        "| none | 0 | 12,000 | 10.0 | – | 0.50 |"]
 
 
 def test_ten_answers_are_drawn_by_seed_0_on_a_line_each(tables):
