@@ -8,11 +8,11 @@ log-probs and evaluation as `grpo.py`. What differs is what this file shows, and
 came of it stands in results/methods.
 
 PPO   (InstructGPT, arXiv 2203.02155; PPO, arXiv 1707.06347)
-      A critic V, the frozen base's role beside policy, reward model and reference, says
-      what each token may still earn. The KL to the base is part of the reward, token by
-      token. Unlike InstructGPT's: a pass over a step is one update, no pretraining text
-      is mixed in, and the critic starts from the mean R instead of the reward model; λ
-      is 1, where 0.95 is usual.
+      A critic V, a fourth role of the frozen base beside policy, reward model and
+      reference, says what each token may still earn. The KL to the base is part of the
+      reward, token by token. Unlike InstructGPT's: a pass over a step is one update, no
+      pretraining text is mixed in, and the critic starts from the mean R instead of the
+      reward model; λ is 1, where 0.95 is usual.
 [P1]  r_t = −β (log π_old − log ref)_t + R · 1[t is the last token]
 [P2]  δ_t = r_t + γ V_{t+1} − V_t       A_t = Σ_l (γλ)^l δ_{t+l}     (arXiv 1506.02438)
       Ret_t = A_t + V_t: what V should have said; V_old: V before the first update
@@ -851,11 +851,12 @@ def main(argv: list[str] | None = None) -> None:
         shared, out=shared.out or grpo.free_folder(shared, s.method))
     with only_writer(shared.out):
         run, prompts, held_out = grpo.prepare(shared)
-        unused = {"inner_steps", "kl", "loss"} | (KNOWN["ppo"] - KNOWN[s.method])
-        own = {name: getattr(s, name) for name in ("method", *sorted(KNOWN[s.method]))}
+        unused = {"inner_steps", "kl", "loss"} | KNOWN["ppo"] - KNOWN[s.method]
+        own = {name: getattr(s, name) for name in (
+            "method", "value_lr", "epochs", "beta", "gamma", "lam")}
         write_json(run.folder / grpo.CONFIG, {
             name: value for name, value in (grpo.config_of(run) | own).items()
-            if name not in unused or name in own})
+            if name not in unused})
         before = grpo.evaluate(run, held_out, "before")
         if s.method == "best-of-n":
             with Progress(run, 0):  # nothing to learn: empty files

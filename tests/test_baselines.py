@@ -315,6 +315,8 @@ def test_every_method_runs_and_leaves_the_files_of_a_run(method, tmp_path):
     config = run.read_json(folder / "config.json")
     assert ("lam" in config, "beta" in config, "inner_steps" in config) == (
         method == "ppo", method != "sft", False)
+    assert config["rank"] == grpo.DEFAULTS[True]["rank"]
+    assert config["epochs"] == baselines.DEFAULTS[True][method]["epochs"]
     advantages = [json.loads(line)["advantage"] for line in
                   (folder / "samples.jsonl").read_text().splitlines()]
     if method == "ppo":  # of the critic, whitened over the step's tokens
