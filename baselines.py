@@ -206,9 +206,7 @@ def make_experience(run: Run, critic: Critic, batch: Batch, beta: float, gamma: 
     metrics = {"kl_k1": (logp - logp_ref)[mask].mean().item(),
                "explained_variance": 1 - (left / whole.clamp(min=1e-12)).item(),
                "advantage_std": advantage[mask].std(correction=0).item()}
-    advantage = whiten(advantage, mask)
-    batch.advantage = advantage.sum(1) / mask.sum(1)  # (B,), for samples.jsonl
-    return Experience(logp, values, advantage, returns), metrics
+    return Experience(logp, values, whiten(advantage, mask), returns), metrics
 
 
 def parts_of(run: Run, batch: Batch, name: str | None) -> Iterator[tuple]:
@@ -459,6 +457,8 @@ def train_ppo(run: Run, prompts: list[Prompt], s: Settings) -> list[nn.Parameter
             with clock("values"):
                 old, found = make_experience(run, critic, batch, s.beta, s.gamma, s.lam)
             metrics |= found
+            # For samples.jsonl: the mean of a response's tokens, not the group's.
+            batch.advantage = old.advantage.sum(1) / batch.sampled.mask.sum(1)  # (B,)
             with clock("training"):
                 for _ in range(s.epochs):
                     metrics |= ppo_update(run, critic, batch, old, s.clip)
@@ -608,8 +608,8 @@ def run_all(programs: dict[str, list[str]], seeds: list[int], folder: Path,
     claimed = [claim(name, program, seed, folder) for name, program, seed in jobs]
     found, stop = {}, threading.Event()
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        started = {pool.submit(run_one, *one, stop): (name, seed)
-                   for one, (name, _, seed) in zip(claimed, jobs, strict=True)}
+        started = {pool.submit(run_one, out, note, stop): (name, seed)
+                   for (out, note), (name, _, seed) in zip(claimed, jobs, strict=True)}
         try:
             for end in tqdm(as_completed(started), total=len(started), unit="run",
                             file=sys.stderr):
@@ -630,9 +630,9 @@ def claim(name: str, program: list[str], seed: int, folder: Path) -> tuple[Path,
     cls, fill = ((grpo.Settings, grpo.resolve) if program[0] == "grpo.py"
                  else (Settings, resolve))
     used = dataclasses.asdict(fill(parse_settings(cls, "", words[1:])))
-    note = {"command": words,
-            "settings": {k: str(v) if isinstance(v, Path) else v
-                         for k, v in used.items()}}
+    # Paths stand in the command; the model's differs from machine to machine.
+    note = {"command": words, "settings": {
+        k: v for k, v in used.items() if k != "model" and not isinstance(v, Path)}}
     path = out.with_name(f"{out.name}.json")
     require(path.is_file() or not out.exists(), f"{out} is not from such a comparison; "
             "choose another --out")
@@ -642,15 +642,16 @@ def claim(name: str, program: list[str], seed: int, folder: Path) -> tuple[Path,
 
 
 def run_one(out: Path, note: dict, stop: threading.Event) -> dict:
-    """One run's summary; nothing, if another has set `stop`.
+    """One run's summary, and its settings; nothing, if another has set `stop`.
 
     A run that is finished already is not repeated, and one that was interrupted goes on
     (baselines: starts again).
     """
     if stop.is_set():
         return {}
+    settings = {"settings": note["settings"]}
     if (out / CHECKSUMS).is_file():
-        return read_json(out / "summary.json")
+        return read_json(out / "summary.json") | settings
     words, printed = note["command"], out.with_name(f"{out.name}.txt")
     try:
         write_json(out.with_name(f"{out.name}.json"), note)
@@ -669,7 +670,7 @@ def run_one(out: Path, note: dict, stop: threading.Event) -> dict:
     except BaseException:
         stop.set()  # before this worker takes the next run
         raise
-    return read_json(out / "summary.json")
+    return read_json(out / "summary.json") | settings
 
 
 def mean_of_axes(scores: dict[str, float]) -> float:

@@ -15,6 +15,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from statistics import mean
 
 import pytest
 
@@ -123,9 +124,14 @@ def test_the_main_readme_shows_the_comparison():
     assert len(row) >= 10
 
 
-def test_the_methods_and_settings_are_todays():
-    assert list(summaries("compare")) == list(baselines.COMPARED)
-    assert list(summaries("ablate")) == list(baselines.ABLATED)
+def test_the_methods_and_settings_are_todays(tmp_path):
+    for kind, programs in (("compare", baselines.COMPARED),
+                           ("ablate", baselines.ABLATED)):
+        assert list(summaries(kind)) == list(programs)
+        for name, runs in summaries(kind).items():
+            for run in runs:
+                _, note = baselines.claim(name, programs[name], run["seed"], tmp_path)
+                assert run["settings"] == note["settings"], (kind, name)
     wanted = [" ".join([method, *(f"{k}={v}" for k, v in options.items())])
               for method, grid in baselines.SEARCH.items() for options in grid]
     assert list(summaries("search")) == wanted
@@ -137,6 +143,17 @@ def test_every_method_that_trains_improves_in_every_seed():
         for run in runs:
             gain = run["after"]["gold"]["R"] - run["before"]["gold"]["R"]
             assert gain > 0.05, (name, run["seed"], gain)
+
+
+def test_the_main_readme_says_how_many_comply():
+    text, shares = (ROOT / "README.md").read_text(), {}
+    for name, runs in summaries("compare").items():
+        shares[name] = 100 * mean(run["after"]["behaviour"]["harmful"].get("comply", 0)
+                                  for run in runs)
+    base = 100 * mean(run["before"]["behaviour"]["harmful"]["comply"] for run in runs)
+    three = [shares[name] for name in ("DPO", "SFT on the best", "best of 8")]
+    assert f"comply with {min(three):.0f}-{max(three):.0f}% of the harmful" in text
+    assert f"(the base: {base:.0f}%)" in text
 
 
 def test_what_a_step_costs_is_the_runs_own():
