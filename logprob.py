@@ -23,12 +23,13 @@ installed, `logprob_triton.py` computes the same without any logits in memory.
 
 import importlib.util
 import os
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.linalg import vecdot
 
-from model import linear
+from frozen import linear
 
 # Logits of a block: 4 million are 16 MB of fp32. On a CPU twice as many were hardly
 # faster and took three times the memory.
@@ -96,6 +97,44 @@ def token_statistics(
         hidden, unembed, targets, temperature, valid, entropy, reference)
 
 
+class RowStatistics(NamedTuple):
+    """What one pass over the vocabulary tells of the tokens of some responses."""
+
+    logp: Tensor  # (n, C) with its gradient; 0 where mask is False, as is logp_ref
+    entropy: Tensor  # (N,) in nats, of the tokens that mask marks
+    kl: Tensor | None  # (N,) exact KL(π ‖ ref) in nats
+    logp_ref: Tensor | None  # (n, C)
+
+
+def row_statistics(hidden: Tensor, unembed: Tensor, tokens: Tensor, mask: Tensor,
+                   temperature: float, valid: int,
+                   reference: Tensor | None = None) -> RowStatistics:
+    """`token_statistics` of padded rows.
+
+    Args:
+        hidden: (n, C, D), the state before each token; tokens, mask: (n, C).
+        reference: (N, D), a second model's states at the N tokens of the mask.
+    """
+    logp, entropy, kl, logp_ref = token_statistics(
+        hidden[mask], unembed, tokens[mask], temperature, valid, entropy=True,
+        reference=reference)
+    return RowStatistics(by_row(logp, mask), entropy, kl,
+                         None if logp_ref is None else by_row(logp_ref, mask))
+
+
+def row_logprobs(hidden: Tensor, unembed: Tensor, tokens: Tensor, mask: Tensor,
+                 temperature: float, valid: int) -> Tensor:
+    """`token_logprobs` of padded rows: arguments of `row_statistics` → (n, C)."""
+    return by_row(token_logprobs(hidden[mask], unembed, tokens[mask], temperature,
+                                 valid), mask)
+
+
+def by_row(values: Tensor, mask: Tensor) -> Tensor:
+    """Values (N,) → (n, C): where mask is True, 0 elsewhere."""
+    return torch.zeros(mask.shape, dtype=values.dtype, device=values.device
+                       ).masked_scatter(mask, values)
+
+
 def _use_triton(backend: str | None, hidden: Tensor) -> bool:
     """Which side computes; a side that was asked for by name and cannot is an error."""
     if backend not in (None, "torch", "triton"):
@@ -121,16 +160,16 @@ class _TokenStatistics(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, unembed, targets, temperature, valid, entropy, reference):
-        need_grad, parts, head = ctx.needs_input_grad[0], [], unembed[:valid]
-        way = _at_once if len(hidden) * len(head) <= BLOCK_LOGITS else _in_blocks
-        for start in range(0, max(1, len(hidden)), ROWS):  # N = 0: one empty part
+        need_grad, columns, head = ctx.needs_input_grad[0], [], unembed[:valid]
+        compute = _at_once if len(hidden) * len(head) <= BLOCK_LOGITS else _in_blocks
+        for start in range(0, max(1, len(hidden)), ROWS):  # N = 0: one empty chunk
             here = slice(start, start + ROWS)
             ref = None if reference is None else reference[here]
-            parts.append(way(hidden[here], head, targets[here], temperature, need_grad,
-                             entropy, ref))
+            columns.append(compute(hidden[here], head, targets[here], temperature,
+                                   need_grad, entropy, ref))
         logp, h, kl, logp_ref, grad = (
             torch.cat(column) if column[0] is not None else None
-            for column in zip(*parts, strict=True))
+            for column in zip(*columns, strict=True))
         ctx.save_for_backward(grad)
         ctx.mark_non_differentiable(*(t for t in (h, kl, logp_ref) if t is not None))
         return logp, h, kl, logp_ref
@@ -209,9 +248,9 @@ class _Softmax:
 def _in_blocks(hidden, unembed, targets, temperature, need_grad, entropy, reference):
     """As `_at_once`, for logits that fill more than a block."""
     like = hidden.new_zeros(0, dtype=_wide(hidden))
-    w_y = unembed[targets]  # (n, D); a target that is not valid ends here
+    w_y = unembed[targets]  # (n, D); an id at or above `valid` fails here
     policy, ref = (_Softmax(len(hidden), like) for _ in range(2))
-    z_mean, gap = torch.zeros_like(policy.total), torch.zeros_like(policy.total)  # (n,)
+    z_mean, z_diff = torch.zeros_like(policy.total), torch.zeros_like(policy.total)
     w_mean = like.new_zeros(hidden.shape)  # (n, D)
     width = max(1, BLOCK_LOGITS // max(1, len(hidden)))
     for start in range(0, len(unembed), width):
@@ -226,8 +265,8 @@ def _in_blocks(hidden, unembed, targets, temperature, need_grad, entropy, refere
         if reference is not None:  # Σ exp(z − top) (z − z_ref)
             z_ref = _logits(reference, block, temperature)
             ref.add(z_ref, place, here)
-            gap = (gap * shrink - vecdot(mass, z_ref.sub_(z))
-                   + (policy.top - ref.top) * weight)
+            z_diff = (z_diff * shrink - vecdot(mass, z_ref.sub_(z))
+                      + (policy.top - ref.top) * weight)
         if need_grad:  # Σ_{v ≠ y} exp(z − top) W
             mass.scatter_(-1, place, mass.gather(-1, place) * ~here[:, None])
             w_mean *= shrink[:, None].to(w_mean)
@@ -239,7 +278,7 @@ def _in_blocks(hidden, unembed, targets, temperature, need_grad, entropy, refere
     if reference is not None:
         logp_ref = ref.chosen - ref.log_total()
         # KL(π ‖ ref) = Σ π (log π − log ref)
-        kl = gap / policy.total - log_total + ref.log_total()
+        kl = z_diff / policy.total - log_total + ref.log_total()
     if need_grad:
         # ∇_h log π(y) = ((1 − π(y)) W_y − Σ_{v ≠ y} π(v) W_v) / T, as exact near 1
         w_mean = w_mean / policy.total[:, None].to(w_mean)

@@ -125,10 +125,10 @@ def _forward(hidden, reference, head, targets, out, N, V, D, T, ids_per_part,
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     first = tl.program_id(1) * ids_per_part
     y = tl.load(targets + n, n < N, 0)
-    # peak is m, total s; moment Σ e^(z − m) z, gap Σ e^(z − m) (z − z_ref)
+    # peak is m, total s; moment Σ e^(z − m) z, diff Σ e^(z − m) (z − z_ref)
     peak = tl.full((BLOCK_N,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_N,), tl.float32)
-    moment, gap, ref_total = total, total, total
+    moment, diff, ref_total = total, total, total
     # a target that never comes keeps −∞: probability 0
     z_y, ref_peak, r_y = peak, peak, peak
     for start in range(first, min(first + ids_per_part, V), BLOCK_V):
@@ -145,7 +145,7 @@ def _forward(hidden, reference, head, targets, out, N, V, D, T, ids_per_part,
         z_y = tl.maximum(z_y, tl.max(tl.where(is_y, seen, float("-inf")), 1))
         if REFERENCE:
             r = _logits(reference, head, n, v, N, V, D, T, BLOCK_D)
-            gap = gap * rescale + tl.sum(weight * (z - r), 1)
+            diff = diff * rescale + tl.sum(weight * (z - r), 1)
             seen = tl.where(inside, r, float("-inf"))
             r_y = tl.maximum(r_y, tl.max(tl.where(is_y, seen, float("-inf")), 1))
             new_ref = tl.maximum(ref_peak, tl.max(seen, 1))
@@ -161,7 +161,7 @@ def _forward(hidden, reference, head, targets, out, N, V, D, T, ids_per_part,
     tl.store(place + 2 * step, moment, n < N)
     tl.store(place + 3 * step, z_y, n < N)
     if REFERENCE:
-        tl.store(place + 4 * step, gap, n < N)
+        tl.store(place + 4 * step, diff, n < N)
         tl.store(place + 5 * step, ref_peak, n < N)
         tl.store(place + 6 * step, ref_total, n < N)
         tl.store(place + 7 * step, r_y, n < N)
@@ -220,10 +220,10 @@ def _combine(parts: Tensor) -> tuple[Tensor | None, ...]:
     entropy = lse - (moment * rescale).sum(0) / total
     if not ref:
         return logp, lse, entropy, None, None
-    gap, ref_peak, ref_total, r_y = ref
+    diff, ref_peak, ref_total, r_y = ref
     ref_top = ref_peak.amax(0)
     ref_total = (ref_total * (ref_peak - ref_top).exp()).sum(0)
-    kl = ((gap * rescale).sum(0) / total  # E_π[z − z_ref] − lse + lse_ref
+    kl = ((diff * rescale).sum(0) / total  # E_π[z − z_ref] − lse + lse_ref
           - (top - ref_top) - (total / ref_total).log())
     logp_ref = r_y.amax(0) - ref_top - ref_total.log()
     return logp, lse, entropy, kl, logp_ref

@@ -22,8 +22,9 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from model import Qwen, all_finite, base_parameters, fingerprint, open_shard
-from run import (
+from loading import all_finite, base_parameters, fingerprint, open_shard
+from model import Qwen
+from plumbing.files import (
     UserError,
     read_json,
     require,
@@ -88,10 +89,10 @@ def attach(model: Qwen, name: str, rank: int, alpha: float, seed: int = 0,
         model.active = ActiveAdapter()
         model.adapters = {}
         for block in model.model.layers:
-            for part in (block.self_attn, block.mlp):
-                for projection, layer in list(part.named_children()):
+            for owner in (block.self_attn, block.mlp):
+                for projection, layer in list(owner.named_children()):
                     if projection in PROJECTIONS:
-                        setattr(part, projection, LoRALinear(layer, model.active))
+                        setattr(owner, projection, LoRALinear(layer, model.active))
     require(name not in model.adapters, f"there is an adapter {name!r} already")
     depth = depth or model.config.num_hidden_layers
     model.adapters[name] = {"rank": rank, "alpha": alpha, "depth": depth}
@@ -161,9 +162,9 @@ def save(model: Qwen, name: str, folder: Path, base: str) -> None:
     """
     tensors = {}
     for path, layer in layers(model, name).items():
-        for part in ("lora_A", "lora_B"):
-            weight = getattr(layer, part)[name].detach().cpu().contiguous()
-            tensors[f"base_model.model.{path}.{part}.weight"] = weight
+        for factor in ("lora_A", "lora_B"):
+            weight = getattr(layer, factor)[name].detach().cpu().contiguous()
+            tensors[f"base_model.model.{path}.{factor}.weight"] = weight
     settings = model.adapters[name]
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True,
@@ -231,26 +232,26 @@ def _check_tensors(model: Qwen, tensors: dict[str, Tensor], rank: int,
     require(any(".lora_A." in key for key in tensors), f"{path} holds no tensors of an "
             "adapter")
     for key, weight in tensors.items():
-        found = name.fullmatch(key)
-        known = found and found[2] in PROJECTIONS and f"{found[1]}.weight" in base
+        match = name.fullmatch(key)
+        known = match and match[2] in PROJECTIONS and f"{match[1]}.weight" in base
         require(bool(known), f"{path} has unknown tensor(s), such as {key}")
-        out, width = base[f"{found[1]}.weight"].shape
-        want = [rank, width] if found[3] == "A" else [out, rank]
+        out, width = base[f"{match[1]}.weight"].shape
+        want = [rank, width] if match[3] == "A" else [out, rank]
         require(0 < rank <= model.config.hidden_size and list(weight.shape) == want,
                 f"{path}: {key} has shape {list(weight.shape)}, adapter_config.json "
                 f"says r = {rank}, and this base asks for {want}")
-        twin = key.replace(f"lora_{found[3]}.", f"lora_{twins[found[3]]}.")
+        twin = key.replace(f"lora_{match[3]}.", f"lora_{twins[match[3]]}.")
         require(twin in tensors, f"{path} lacks {twin}")
 
 
 @torch.no_grad()
 def _fill(model: Qwen, name: str, tensors: dict[str, Tensor], path: Path) -> None:
-    for where, layer in layers(model, name).items():
-        for part in ("lora_A", "lora_B"):
-            key = f"base_model.model.{where}.{part}.weight"
-            if key in tensors:  # B = 0 elsewhere says the same as leaving it out
-                getattr(layer, part)[name].copy_(tensors[key])
-                require(all_finite(getattr(layer, part)[name]),
+    for place, layer in layers(model, name).items():
+        for factor in ("lora_A", "lora_B"):
+            key = f"base_model.model.{place}.{factor}.weight"
+            if key in tensors:  # a layer the file leaves out keeps B = 0: no change
+                getattr(layer, factor)[name].copy_(tensors[key])
+                require(all_finite(getattr(layer, factor)[name]),
                         f"{path}: {key} holds values that are not finite")
 
 

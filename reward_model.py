@@ -1,4 +1,4 @@
-"""The reward model: a prompt and a response → K scores.
+"""The reward model: a prompt and a response → K scores → one reward R.
 
 The axes are whatever the labels name; the bundled data and the paper use
 
@@ -17,6 +17,7 @@ Qwen compare `--epochs 0 --depth 0.6` with `--depth 1`.)
 
 [E1]   s_k = sigmoid(u_k · z + b_k)      z = [h_last, h_mean] (2D,), standardised
        L   = − mean over labelled (row, axis) of y log s_k + (1 − y) log (1 − s_k)
+[E2]   R   = Σ_k w_k s_k / Σ_k w_k
 
 It scores the ids that were sampled, never re-encoded text: the same text may have many
 encodings, and the policy's own is what it is paid for. A response that the length limit
@@ -45,44 +46,38 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import lora
-from model import (
+from loading import (
     SIZES,
     TINY,
-    Cache,
-    Qwen,
     Tokenizer,
     base_name,
     fingerprint,
     is_tiny,
-    micro_batches,
     open_shard,
-    pad_rows,
     pick_device,
     short_name,
 )
-from model import load as load_base
-from run import (
+from loading import load as load_base
+from model import Cache, Qwen, micro_batches, pad_rows
+from plumbing.figures import format_table, peak_rss_gb
+from plumbing.files import (
     CHECKPOINT,
     CHECKSUMS,
-    Due,
-    Stop,
+    UserError,
     file_sha256,
-    format_table,
-    load_checkpoint,
     one_line_errors,
     only_writer,
-    option,
-    parse_settings,
-    peak_rss_gb,
     read_json,
     read_rows,
     require,
-    save_checkpoint,
     verify_checksums,
     write_checksums,
     write_json,
     write_whole,
 )
+from plumbing.options import option, parse_settings, with_defaults
+from plumbing.resume import CheckpointTimer, Stop, load_checkpoint, save_checkpoint
+from plumbing.statistics import bootstrap, pearson, spearman
 
 # What a reward model's folder holds, beside its checksums.
 FILES = ("adapter_config.json", "adapter_model.safetensors", "head.safetensors",
@@ -141,9 +136,9 @@ class RewardModel:
         scores = self.head.weight.new_zeros(len(responses), len(self.axes))
         with lora.using(self.model, self.name), \
                 self.model.shared_prefix(prompt, self.depth) as prefix:
-            for part in micro_batches([len(r) for r in responses]):
-                rows = [responses[i] for i in part]
-                scores[part] = self.forward(prompt, rows, prefix).sigmoid()
+            for chosen in micro_batches([len(r) for r in responses]):
+                rows = [responses[i] for i in chosen]
+                scores[chosen] = self.forward(prompt, rows, prefix).sigmoid()
         return scores
 
     def parameters(self) -> list[nn.Parameter]:
@@ -201,12 +196,47 @@ def load(model: Qwen, folder: Path, name: str = "reward") -> RewardModel:
     return scorer
 
 
+# ------------------------------------------------------------------- scores → reward
+
+
+def combine(scores: Tensor, weights: Tensor) -> Tensor:
+    """Scores (..., K) and weights (K,) to one reward R (...)."""
+    # [E2] R = Σ_k w_k s_k / Σ_k w_k
+    return scores @ (weights / weights.sum())
+
+
+def parse_weights(text: str, axes: list[str]) -> Tensor:
+    """`safety=2,politeness=0` → weights (K,); axes that are not named keep 1."""
+    weights, named = dict.fromkeys(axes, 1.0), set()
+    for term in filter(None, (t.strip() for t in text.split(","))):
+        axis, _, number = (word.strip() for word in term.partition("="))
+        require(axis not in named, f"--weights names {axis} twice")
+        named.add(axis)
+        require(axis in weights, f"--weights: unknown axis {axis!r}; the reward model "
+                f"has {', '.join(axes)}")
+        try:
+            weights[axis] = float(number)
+        except ValueError:
+            raise UserError(f"--weights: {term!r} is not axis=number") from None
+        require(0 <= weights[axis] < math.inf, f"--weights: {axis} is {number}; a "
+                "weight must not be negative")
+    result = torch.tensor(list(weights.values()))  # (K,)
+    require(0 < result.sum().item() < math.inf, "--weights: all weights are 0, or one "
+            "is too large")
+    return result
+
+
 # -------------------------------------------------------------------------- training
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Options of `python reward_model.py`; `resolve` replaces a default of None."""
+    """Options of `python reward_model.py`.
+
+    The free-English labels are few: a gentler rate and one pass, and a tenth of them
+    shows whether it helped. The depths make 3 of the tiny base's 4 layers, and 14 of
+    the 0.5B's 24.
+    """
 
     size: str = option("tiny", "tiny (bundled), or a Qwen2.5-Instruct on the Hub",
                        choices=[*SIZES])
@@ -217,48 +247,28 @@ class Settings:
     score: Path | None = option(None, "score this JSONL (prompt, response) and stop")
     split: str = option("train", "train on the rows of this split; an independent "
                         "judge has its own")
-    validation: float | None = option(None, "share of its prompts that are kept from "
-                                      "training, to judge each epoch on")
-    epochs: int | None = option(None, "passes over the labels; 0: linear probe alone")
-    prompts_per_step: int | None = option(None, "prompts, with all their responses")
-    lr: float | None = option(None, "AdamW's peak learning rate")
-    rank: int = option(16, "LoRA rank; alpha is twice that")
-    depth: float | None = option(None, "share of the layers, from below, that it runs")
-    seed: int = option(0, "of the adapter, the split and the order of the rows")
+    validation: float = option(0.0, "share of its prompts that are kept from training, "
+                               "to judge each epoch on", real=0.1, low=0, below=1)
+    epochs: int = option(6, "passes over the labels; 0: linear probe alone", real=1,
+                         low=0)
+    prompts_per_step: int = option(2, "prompts, with all their responses", low=1)
+    lr: float = option(1.5e-3, "AdamW's peak learning rate", real=5e-4, above=0)
+    rank: int = option(16, "LoRA rank; alpha is twice that", low=1)
+    depth: float = option(0.75, "share of the layers, from below, that it runs",
+                          real=0.6, above=0, high=1)
+    seed: int = option(0, "of the adapter, the split and the order of the rows", low=0)
     save_every: int | None = option(None, "steps from checkpoint to checkpoint "
-                                    "(default: about every five minutes)")
+                                    "(default: about every five minutes)", low=1)
     device: str | None = option(None, "cpu or cuda (default: cuda if there is one)")
     dtype: str | None = option(None, "float32 or bfloat16 (default: by the device)",
                                choices=["float32", "bfloat16"])
 
-
-# By `model.is_tiny`. The free-English labels are few: a gentler rate and one pass, and
-# a tenth of them shows whether it helped. The depths make 3 of the tiny base's 4
-# layers, and 14 of the 0.5B's 24.
-DEFAULTS = {
-    True: {"validation": 0.0, "epochs": 6, "prompts_per_step": 2, "lr": 1.5e-3,
-           "depth": 0.75},
-    False: {"validation": 0.1, "epochs": 1, "prompts_per_step": 2, "lr": 5e-4,
-            "depth": 0.6},
-}
-
-
-def resolve(settings: Settings) -> Settings:
-    """Fill in the defaults that depend on the model, and refuse what makes no sense."""
-    source = settings.model or SIZES[settings.size]
-    changes = {name: value for name, value in DEFAULTS[is_tiny(source)].items()
-               if getattr(settings, name) is None}
-    settings = dataclasses.replace(settings, model=source,
-                                   device=pick_device(settings.device), **changes)
-    require(0 < settings.depth <= 1, "--depth must be above 0 and at most 1")
-    require(settings.epochs >= 0, "--epochs must not be negative")
-    for name in ("prompts_per_step", "lr", "rank", "save_every"):
-        require(getattr(settings, name) is None
-                or 0 < getattr(settings, name) < math.inf,
-                f"--{name.replace('_', '-')} must be positive")
-    require(settings.seed >= 0, "--seed must not be negative")
-    require(0 <= settings.validation < 1, "--validation must be from 0 to below 1")
-    return settings
+    def resolved(self) -> "Settings":
+        """With the defaults that depend on the model and the machine."""
+        source = self.model or SIZES[self.size]
+        return with_defaults(
+            dataclasses.replace(self, model=source, device=pick_device(self.device)),
+            real=not is_tiny(source))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -357,15 +367,15 @@ def fit_head(scorer: RewardModel, groups: list[Group]) -> None:
 
 def features_of(scorer: RewardModel, group: Group) -> Tensor:
     """Features (n, 2D) of a whole group, with the least padding."""
-    found = [None] * len(group.responses)
+    features = [None] * len(group.responses)
     with lora.using(scorer.model, scorer.name), \
             scorer.model.shared_prefix(group.prompt, scorer.depth) as prefix:
-        for part in micro_batches([len(r) for r in group.responses]):
-            rows = scorer.features(group.prompt, [group.responses[i] for i in part],
+        for chosen in micro_batches([len(r) for r in group.responses]):
+            rows = scorer.features(group.prompt, [group.responses[i] for i in chosen],
                                    prefix)
-            for i, row in zip(part, rows, strict=True):
-                found[i] = row
-    return torch.stack(found)
+            for i, row in zip(chosen, rows, strict=True):
+                features[i] = row
+    return torch.stack(features)
 
 
 def train(scorer: RewardModel, groups: list[Group], validation: list[Group],
@@ -391,7 +401,8 @@ def train(scorer: RewardModel, groups: list[Group], validation: list[Group],
         {"params": lora.parameters(scorer.model, scorer.name)},
         {"params": list(scorer.head.parameters())}], weight_decay=0.0)
     state = [*scorer.parameters(), scorer.center, scorer.spread]
-    batches, due = shuffled_batches(groups, settings), Due(settings.save_every)
+    batches = shuffled_batches(groups, settings)
+    due = CheckpointTimer(settings.save_every)
     if checkpoint and checkpoint.is_file():
         about = load_checkpoint(checkpoint, state, optimizer)
         losses, spearmans = done_before(about, origin, len(batches), checkpoint)
@@ -403,8 +414,8 @@ def train(scorer: RewardModel, groups: list[Group], validation: list[Group],
     with tqdm(total=len(batches), initial=len(losses), desc="reward model",
               unit="step", file=sys.stderr) as bar, Stop() as stop:
         while len(losses) < len(batches):
-            for part, peak in zip(optimizer.param_groups, peaks, strict=True):
-                part["lr"] = peak * lr_factor(len(losses), len(batches))
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["lr"] = peak * lr_factor(len(losses), len(batches))
             with lora.using(scorer.model, scorer.name):
                 losses.append(train_step(scorer, batches[len(losses)]))
             nn.utils.clip_grad_norm_(scorer.parameters(), 1.0)
@@ -474,10 +485,10 @@ def train_step(scorer: RewardModel, batch: list[Group]) -> float:
     total = 0.0
     for group in batch:
         with scorer.model.shared_prefix(group.prompt, scorer.depth) as prefix:
-            for part in micro_batches([len(r) for r in group.responses]):
+            for chosen in micro_batches([len(r) for r in group.responses]):
                 logits = scorer.forward(
-                    group.prompt, [group.responses[i] for i in part], prefix)
-                labels = group.labels[part].to(logits)
+                    group.prompt, [group.responses[i] for i in chosen], prefix)
+                labels = group.labels[chosen].to(logits)
                 loss = regression_loss(logits, labels) / count
                 loss.backward()
                 total += loss.item()
@@ -486,42 +497,6 @@ def train_step(scorer: RewardModel, batch: list[Group]) -> float:
 
 
 # ------------------------------------------------------------------------- evaluation
-
-
-def spearman(a: np.ndarray, b: np.ndarray) -> float:
-    """Rank correlation; equal values share the mean of their ranks."""
-    return pearson(ranks(a), ranks(b))
-
-
-def pearson(a: np.ndarray, b: np.ndarray) -> float:
-    """Linear correlation; 0 where one side does not vary."""
-    a, b = a - a.mean(), b - b.mean()
-    norm = math.sqrt((a @ a) * (b @ b))
-    return float(a @ b / norm) if norm > 1e-12 else 0.0
-
-
-def ranks(values: np.ndarray) -> np.ndarray:
-    """Rank of every value, ties averaged."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = counts.cumsum()
-    return ((last - counts + last - 1) / 2)[inverse]
-
-
-def bootstrap(predicted: np.ndarray, labels: np.ndarray, prompts: np.ndarray,
-              draws: int = 500) -> list[float]:
-    """95% interval of Spearman: (n,) predictions, labels and numbers of the prompts.
-
-    Prompts are drawn with replacement, not rows: answers to one prompt are alike, and
-    taking them for independent would make the interval too narrow.
-    """
-    random = np.random.default_rng(0)
-    rows = [np.flatnonzero(prompts == p) for p in np.unique(prompts)]
-    found = []
-    for _ in range(draws):
-        drawn = random.integers(len(rows), size=len(rows))
-        here = np.concatenate([rows[i] for i in drawn])
-        found.append(spearman(predicted[here], labels[here]))
-    return np.quantile(found, [0.025, 0.975]).tolist()
 
 
 def predictions(scorer: RewardModel, groups: list[Group]) -> Iterator[tuple]:
@@ -561,8 +536,8 @@ def evaluate(scorer: RewardModel, groups: list[Group]) -> dict[str, dict]:
 
 def mean_spearman(scorer: RewardModel, groups: list[Group]) -> float:
     """Over the axes: one figure to choose settings by."""
-    found = predictions(scorer, groups)
-    return float(np.mean([spearman(p, y) for _, p, y, _ in found]))
+    return float(np.mean([spearman(p, y)
+                          for _, p, y, _ in predictions(scorer, groups)]))
 
 
 def print_report(report: dict[str, dict]) -> None:
@@ -669,7 +644,8 @@ def train_reward_model(model: Qwen, tokenizer: Tokenizer, settings: Settings,
 
 def main(argv: list[str] | None = None) -> None:
     """Train a reward model, or score a file with one."""
-    settings = resolve(parse_settings(Settings, "Train or use the reward model.", argv))
+    settings = parse_settings(Settings, "Train or use the reward model.", argv)
+    settings = settings.resolved()
     if settings.score is not None:
         score_file(settings)
         return

@@ -1,535 +1,592 @@
-"""Bookkeeping: errors, files, settings and tables. Nothing of the method lives here.
+"""A run: the settings that all methods share, its prompts, who scores, its folder.
 
-The files of the method (model, lora, logprob, sample, reward_model, grpo) stay readable
-because what every program needs stands here once: one clear line for bad input, files
-written whole, checksums, and a command line generated from one dataclass of settings.
+A run begins with `prepare`, which loads or trains all that it needs, and with
+`announce`, which writes down what it will do; `Log` keeps every step of the training;
+`finish` writes what came of it. What a run reads is named by its SHA-256, so that it
+resumes on the same or not at all.
+
+A folder holds config.json, metrics.jsonl (a line a step), samples.jsonl (every response
+with its scores, R and advantage), adapter/, summary.json and, last of all, SHA256SUMS.
 """
 
-import argparse
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import os
-import resource
-import signal
+import random
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-CHECKSUMS = "SHA256SUMS"
-CHECKPOINT = "checkpoint.safetensors"  # only in a folder that is not finished
+import lora
+import reward_model
+from data import rubric
+from loading import (
+    SIZES,
+    TINY,
+    Tokenizer,
+    base_name,
+    fingerprint,
+    is_tiny,
+    load,
+    pick_device,
+    short_name,
+)
+from model import Qwen
+from plumbing import parallel
+from plumbing.figures import format_seconds, format_table, peak_rss_gb
+from plumbing.files import (
+    CHECKPOINT,
+    CHECKSUMS,
+    UserError,
+    append,
+    append_line,
+    file_sha256,
+    only_writer,
+    read_json,
+    read_rows,
+    require,
+    write_checksums,
+    write_json,
+)
+from plumbing.options import (
+    given_options,
+    option,
+    option_names,
+    parse_settings,
+    saved_settings,
+    with_defaults,
+)
+from plumbing.resume import (
+    CheckpointTimer,
+    Stop,
+    checkpoint_about,
+    keep_lines,
+    load_checkpoint,
+    save_checkpoint,
+)
+
+# Files of a run folder. The first evaluation is kept until the run is finished.
+CONFIG, BEFORE = "config.json", "before.json"
+LINES = ("metrics.jsonl", "samples.jsonl")  # written step by step
+DEAD_STEPS = 10  # after so many steps without a live group in a row, a note
+
+# ----------------------------------------------------------------------- the settings
 
 
-class UserError(Exception):
-    """Bad input. The message says what is wrong, where, and what to do about it.
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Options of every method; a method's own settings extend and override them.
 
-    It may quote a stranger's file, so it is cut to a length that a terminal can show.
+    The rates, temperatures and lengths of a real model are for a 0.5B on a CPU: why
+    these stands in results/0.5b.
     """
 
-    def __init__(self, message: str) -> None:
-        super().__init__(message if len(message) <= 1000 else message[:1000] + " …")
+    size: str = option("tiny", "tiny (bundled), or a Qwen2.5-Instruct on the Hub",
+                       choices=[*SIZES])
+    model: str | None = option(None, "checkpoint folder or Hub name, instead of --size")
+    weights: str = option("", "axis=weight,...; unnamed axes keep 1 (TRL: "
+                          "reward_weights)")
+    prompts: Path | None = option(None, "JSONL of prompts; \"split\": \"heldout\" rows "
+                                  "are only for the evaluation")
+    system: str | None = option(None, "system message of the policy's prompts "
+                                "(default: the model's own)")
+    reward: str | None = option(None, "reward model folder, or gold (tiny world only)")
+    judge: Path | None = option(None, "second reward model, trained on other prompts; "
+                                "it judges before and after, the policy never sees it")
+    steps: int = option(70, "optimisation steps (TRL: max_steps)", real=60, low=1)
+    prompts_per_step: int = option(8, "P, prompts a step", real=2, low=1)
+    group_size: int = option(8, "G, responses a prompt (TRL: num_generations)", low=2)
+    max_new_tokens: int = option(64, "C, longest response (TRL: max_completion_length)",
+                                 real=48, low=1)
+    temperature: float = option(1.0, "of sampling and scoring alike (TRL: temperature)",
+                                real=0.8, above=0)
+    lr: float = option(4.5e-3, "AdamW's learning rate (TRL: learning_rate)",
+                       real=4.5e-5, above=0)
+    rank: int = option(8, "LoRA rank r; alpha is 2r (PEFT: r, lora_alpha)", real=16,
+                       low=1)
+    eval_prompts: int = option(128, "held-out prompts, before and after", real=96,
+                               low=1)
+    seed: int = option(0, "of adapter, prompts and sampling", low=0)
+    out: Path | None = option(None, "run folder (default: the next free runs/NAME)")
+    save_every: int | None = option(None, "steps from checkpoint to checkpoint "
+                                    "(default: about every five minutes)", low=1)
+    resume: Path | None = option(None, "run folder to go on with, by its own settings")
+    device: str | None = option(None, "cpu or cuda (default: cuda if there is one)")
+    dtype: str | None = option(None, "of the base weights (default: by the device)",
+                               choices=["float32", "bfloat16"])
+
+    def resolved(self) -> "Settings":
+        """With the defaults that depend on the model and the machine.
+
+        Raises:
+            UserError: a number out of bounds, or a device that is not there.
+        """
+        source = self.model or SIZES[self.size]
+        return with_defaults(
+            dataclasses.replace(self, model=source, device=pick_device(self.device)),
+            real=not is_tiny(source))
 
 
-def require(condition: bool, message: str) -> None:
-    """Refuse with one line unless `condition` holds."""
-    if not condition:
-        raise UserError(message)
+def read_settings(cls: type, description: str, argv: list[str] | None,
+                  method: str) -> Settings:
+    """Settings from the command line; with --resume, those of that run."""
+    settings = parse_settings(cls, description, argv)
+    if settings.resume:
+        settings = settings_of(cls, settings.resume, argv, method)
+    return settings.resolved()
 
 
-@contextlib.contextmanager
-def one_line_errors():
-    """Turn a UserError into one line on stderr and exit status 2: no traceback."""
-    try:
-        yield
-    except UserError as error:
-        line = " ".join(str(error).split())
-        print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
-        sys.exit(2)
-    except torch.OutOfMemoryError:
-        print(f"{Path(sys.argv[0]).name}: error: out of memory; lower --group-size, "
-              "--prompts-per-step or --max-new-tokens (grpo.py --plan tells the need)",
-              file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\nstopped by the keyboard; nothing more was written", file=sys.stderr)
-        sys.exit(130)
+def settings_of(cls: type, folder: Path, argv: list[str] | None,
+                method: str) -> Settings:
+    """The settings of a run that was interrupted; options typed now must agree."""
+    path, checkpoint = folder / CONFIG, folder / CHECKPOINT
+    require(path.is_file(), f"{folder} holds no run to resume (no {CONFIG}); start it "
+            "without --resume")
+    require_unfinished(folder)
+    if checkpoint.is_file():
+        require(checkpoint_about(checkpoint).get(CONFIG) == file_sha256(path),
+                f"{path} has changed since {checkpoint} was written; put the old one "
+                "back, or start another run")
+    saved = read_json(path) | {"out": str(folder)}
+    made_by = saved.get("method", "grpo")
+    require(made_by == method, f"{folder} is a run of {made_by!r}, not of {method}; go "
+            f"on with: {command_of(made_by)} --resume {folder}")
+    given = given_options(cls, argv)
+    del given["resume"]
+    return dataclasses.replace(saved_settings(cls, saved, given, path), resume=folder)
 
 
-# ----------------------------------------------------------------------------- files
+def command_of(method: str) -> str:
+    """The program that trains by this method."""
+    return "python grpo.py" if method == "grpo" else f"python -m methods {method}"
 
 
-def write_whole(path: Path, content: bytes | str) -> None:
-    """Write `path` so that a reader sees the old file or the new one, never a part.
-
-    The temporary file lies in the same folder: a rename is atomic only within one
-    file system.
-    """
-    data = content.encode() if isinstance(content, str) else content
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(name, 0o644)
-            os.replace(name, path)
-        except BaseException:
-            os.unlink(name)
-            raise
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the new name, too, outlives a power cut
-        finally:
-            os.close(folder)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; choose another "
-                        "folder with --out") from error
+# ------------------------------------------------------------------- prompts, scorers
 
 
-def append_line(file, record: dict) -> None:
-    """Add a JSON line to a file opened with `append`, at once and whole.
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """A prompt as text, as ids, and its number in its file (it seeds the sampling)."""
+
+    text: str
+    ids: list[int]
+    index: int
+
+
+@dataclasses.dataclass
+class Run:
+    """What every part of a run needs."""
+
+    settings: Settings
+    model: Qwen
+    tokenizer: Tokenizer
+    axes: list[str]
+    weights: Tensor  # (K,)
+    # (prompt, responses) → scores (n, K): the reward model, or the gold rubric
+    score: Callable[[Prompt, list[list[int]]], Tensor]
+    # those that only judge, by name: "judge" (--judge), "gold" (the rubric)
+    judges: dict[str, Callable[[Prompt, list[list[int]]], Tensor]]
+    folder: Path
+    inputs: dict[str, str] = dataclasses.field(default_factory=dict)  # name → SHA-256
+    method: str = "grpo"
+    trained: int = 0  # parameters that its optimiser moves
+
+
+def prompts_path(s: Settings) -> Path:
+    """The file of prompts: --prompts, or the bundled one that fits the base."""
+    return s.prompts or (TINY if is_tiny(s.model) else TINY.parent) / "prompts.jsonl"
+
+
+def read_prompts(s: Settings, tokenizer: Tokenizer,
+                 context: int) -> tuple[list[Prompt], list[Prompt]]:
+    """Training and held-out prompts of the file, as ids.
+
+    A prompt keeps its number in the file, whatever the order it is drawn in: the number
+    chooses its random numbers. Rows without a split are trained on; where no row is
+    held out, a fifth of the texts is.
 
     Raises:
-        UserError: the disk is full, or gone.
+        UserError: a prompt that leaves no room for an answer, or too few prompts.
     """
-    data = (json.dumps(record, ensure_ascii=False) + "\n").encode()
-    try:
-        while data:  # a disk that is nearly full takes a part
-            data = data[file.write(data):]
-    except OSError as error:
-        raise UserError(f"cannot write {file.name}: {error.strerror}; make room; a run "
-                        "of grpo.py goes on from its checkpoint with --resume"
-                        ) from error
+    path = prompts_path(s)
+    train_prompts, held_out = [], []
+    rows = read_rows(path, responses=False)
+    for index, row in enumerate(rows):
+        ids = tokenizer.chat(row["prompt"], s.system)
+        prompt = Prompt(row["prompt"], ids, index)
+        need = len(prompt.ids) + s.max_new_tokens
+        require(need <= context, f"{path}: prompt {index + 1} needs {need} tokens with "
+                f"its answer, the context has {context}; shorten it")
+        held = row.get("split", "train") == "heldout"
+        (held_out if held else train_prompts).append(prompt)
+    if not held_out:  # a file without splits: hold out a fifth
+        random.Random(0).shuffle(train_prompts)
+        texts = list(dict.fromkeys(p.text for p in train_prompts))  # no twins
+        fifth = set(texts[:max(1, len(texts) // 5)])
+        held_out = [p for p in train_prompts if p.text in fifth]
+        train_prompts = [p for p in train_prompts if p.text not in fifth]
+    require(len(train_prompts) >= s.prompts_per_step, f"{path} has "
+            f"{len(train_prompts)} prompts to train on; --prompts-per-step asks for "
+            f"{s.prompts_per_step}")
+    # A fixed sample: seeds differ in training, not in what they are judged on.
+    random.Random(0).shuffle(held_out)
+    return train_prompts, held_out[:s.eval_prompts]
 
 
-def append(path: Path):
-    """Open a file for `append_line`: without a buffer, which a full disk would keep."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return path.open("ab", buffering=0)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
+def gold_scorer(tokenizer: Tokenizer, prompts: list[Prompt],
+                axes: list[str]) -> Callable | None:
+    """The tiny world's rubric, if it knows every prompt and has these axes.
+
+    Unlike a reward model it reads text: ids are decoded first, the end token left out.
+    """
+    if set(axes) != set(rubric.AXES) or not rubric.knows([p.text for p in prompts]):
+        return None
+    return lambda prompt, responses: torch.tensor(rubric.marks(
+        prompt.text, [tokenizer.decode(r) for r in responses], axes))  # (n, K)
 
 
-def write_json(path: Path, content: object) -> None:
-    """Write `content` as indented JSON, whole."""
-    write_whole(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+def learned_scorer(scorer: reward_model.RewardModel,
+                   tokenizer: Tokenizer) -> Callable:
+    """A reward model as a function of a prompt and responses.
+
+    It reads every prompt as it did in its training, whatever --system tells the policy.
+    """
+    return lambda prompt, responses: scorer.score(
+        tokenizer.chat(prompt.text), responses)
 
 
-def read_json(path: Path) -> dict:
-    """Read a JSON object.
+def find_reward_model(s: Settings, model: Qwen,
+                      tokenizer: Tokenizer) -> reward_model.RewardModel:
+    """Load the reward model of this base; train it first where there is none.
+
+    A run that is resumed must find the one that it began with.
+    """
+    folder = Path(s.reward) if s.reward else reward_model.default_folder(s.model)
+    if s.reward or (folder / "reward.json").is_file():
+        return reward_model.load(model, folder)
+    require(s.resume is None, f"{folder}, the reward model of this run, is gone")
+    require(parallel.size() == 1, f"there is no reward model for {s.model} yet; train "
+            "it first, in one process: python reward_model.py")
+    print(f"there is no reward model for {s.model} yet: training one into {folder}")
+    options = reward_model.Settings(model=s.model, device=s.device, dtype=s.dtype)
+    with only_writer(folder):
+        scorer = reward_model.train_reward_model(model, tokenizer, options.resolved(),
+                                                 folder)
+    for parameter in scorer.parameters():
+        parameter.requires_grad_(False)
+    return scorer
+
+
+def prepare(s: Settings, method: str) -> tuple[Run, list[Prompt], list[Prompt]]:
+    """Load or train all that a run needs: itself, its training and held-out prompts.
+
+    The base is loaded once; reward model, judge and policy are adapters of it.
+    """
+    require_empty(s, s.out)
+    model, tokenizer = load(s.model, s.device, s.dtype and getattr(torch, s.dtype))
+    prompts, held_out = read_prompts(s, tokenizer, model.config.max_position_embeddings)
+    if s.reward == "gold":
+        axes = list(rubric.AXES)
+        score = gold = gold_scorer(tokenizer, prompts + held_out, axes)
+        require(gold is not None, "--reward gold: these prompts are not from the tiny "
+                "world, for which alone there is a gold rubric")
+    else:
+        scorer = find_reward_model(s, model, tokenizer)
+        axes, score = scorer.axes, learned_scorer(scorer, tokenizer)
+        gold = gold_scorer(tokenizer, prompts + held_out, axes)
+    judges = {"gold": gold} if gold else {}
+    if s.judge:
+        judge = reward_model.load(model, s.judge, "judge")
+        require(judge.axes == axes, f"{s.judge} judges {', '.join(judge.axes)}; the "
+                f"reward has {', '.join(axes)}")
+        judges = {"judge": learned_scorer(judge, tokenizer)} | judges
+    weights = reward_model.parse_weights(s.weights, axes)
+    lora.attach(model, "policy", s.rank, 2 * s.rank, s.seed)
+    run = Run(s, model, tokenizer, axes, weights, score, judges, s.out,
+              identify(s, model), method)
+    return run, prompts, held_out
+
+
+def identify(s: Settings, model: Qwen) -> dict[str, str]:
+    """SHA-256 of everything that a run reads, by name.
+
+    Of the base only a fingerprint: hashing 14B would take longer than loading it.
+    """
+    hashes = {"base": fingerprint(model), "prompts": file_sha256(prompts_path(s))}
+    reward = Path(s.reward or reward_model.default_folder(s.model))
+    folders = {"reward model": None if s.reward == "gold" else reward, "judge": s.judge}
+    for name, folder in folders.items():
+        if folder is not None and folder.is_dir():
+            shas = [file_sha256(folder / file) for file in reward_model.FILES]
+            hashes[name] = hashlib.sha256("".join(shas).encode()).hexdigest()
+    return hashes
+
+
+# ----------------------------------------------------------------- the folder, from …
+
+
+def free_folder(s: Settings, method: str) -> Path:
+    """runs/NAME, or the first runs/NAME-2, -3 … that is free."""
+    name, number = short_name(s.model).lower(), 1
+    if method != "grpo":
+        name = f"{method}-{name}"
+
+    def folder() -> Path:
+        return Path("runs") / (name if number == 1 else f"{name}-{number}")
+
+    while folder().exists():
+        number += 1
+    # The first process decides: when another looks, the folder may be there already.
+    chosen = torch.tensor(0 if parallel.rank() else number, device=s.device)
+    parallel.all_reduce(chosen)
+    number = int(chosen)
+    return folder()
+
+
+def require_empty(s: Settings, folder: Path) -> None:
+    """A run starts in a folder without a run, whole or in parts."""
+    names = (CONFIG, *LINES, CHECKPOINT, BEFORE)
+    # The other processes of this run may look when the first has begun to write.
+    require(bool(s.resume) or parallel.rank() > 0
+            or not any((folder / name).exists() for name in names),
+            f"{folder} holds a run already; choose another --out, or go on with it, if "
+            f"it was interrupted: --resume {folder}")
+
+
+def require_unfinished(folder: Path) -> None:
+    """The checksums are a run's last file; what is left beside them is swept up."""
+    if (folder / CHECKSUMS).exists():
+        for name in (CHECKPOINT, BEFORE):
+            (folder / name).unlink(missing_ok=True)
+        raise UserError(f"{folder} is finished already; nothing is left to resume")
+
+
+def announce(run: Run) -> None:
+    """Say what will be done, and write it down as config.json.
 
     Raises:
-        UserError: no such file, not JSON, or not an object.
+        UserError: a run that is resumed was made with other inputs.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from error
-    require(isinstance(content, dict), f"{path} must hold a JSON object, not "
-            f"{type(content).__name__}")
-    return content
-
-
-def read_rows(path: Path, responses: bool, labels: bool = False) -> list[dict]:
-    """Read a JSONL file of prompts, with responses and scores where they are asked for.
-
-    Args:
-        path: one JSON object a line: `prompt`, `response`, `scores` {axis: 0..1}.
-        responses: every row needs a `response`.
-        labels: every row needs `scores`.
-
-    Raises:
-        UserError: naming file, line and what to mend.
-    """
-    try:
-        # Not `splitlines`, which also cuts at U+2028 and others that JSON allows.
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        why = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise UserError(f"cannot read {path}: {why}") from error
-    rows = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            rows.append(_checked_row(line, f"{path}:{number}", responses, labels))
-    require(bool(rows), f"{path} has no rows; each line is a JSON object")
-    return rows
-
-
-def _checked_row(line: str, where: str, responses: bool, labels: bool) -> dict:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not valid JSON ({error})") from error
-    require(isinstance(row, dict), f"{where}: expected a JSON object, found "
-            f"{type(row).__name__}")
-    for field in ("prompt", "response") if responses else ("prompt",):
-        require(isinstance(row.get(field), str), f"{where}: \"{field}\" must be a text")
-    halves = any("\ud800" <= c <= "\udfff" for c in json.dumps(row, ensure_ascii=False))
-    require(not halves, f"{where}: the row holds half a surrogate pair; save the file "
-            "as proper UTF-8")
-    require(bool(row["prompt"].strip()), f"{where}: the prompt is empty")
-    if labels:
-        _check_scores(row.get("scores"), where)
-    return row
-
-
-def _check_scores(scores: object, where: str) -> None:
-    require(isinstance(scores, dict) and bool(scores), f"{where}: \"scores\" must name "
-            "at least one axis")
-    for axis, score in scores.items():
-        number = isinstance(score, (int, float)) and not isinstance(score, bool)
-        require(number and 0 <= score <= 1,  # false for NaN too
-                f"{where}: score of {axis} is {json.dumps(score)}, expected a number "
-                "from 0 to 1")
-
-
-def write_checksums(folder: Path, names: list[str] | None = None) -> None:
-    """List SHA-256s as `sha256sum` does: of `names`, or of every file of `folder`.
-
-    "Every" leaves out what will not stay: checkpoints, and temporary files of a process
-    that was killed.
-    """
-    if names is None:
-        names = sorted(f.name for f in folder.iterdir() if f.is_file()
-                       and f.name not in (CHECKSUMS, CHECKPOINT)
-                       and not f.name.startswith("."))
-    lines = [f"{file_sha256(folder / name)}  {name}\n" for name in names]
-    write_whole(folder / CHECKSUMS, "".join(lines))
-
-
-def verify_checksums(folder: Path) -> None:
-    """Refuse a folder of ours in which a file was altered; others carry no list.
-
-    Raises:
-        UserError: a listed file is missing or has another SHA-256.
-    """
-    listing = folder / CHECKSUMS
-    if not listing.is_file():
+    s, shares = run.settings, (run.weights / run.weights.sum()).tolist()
+    print("R = " + " + ".join(f"{w:.2f} {a}" for w, a in
+                              zip(shares, run.axes, strict=True)))
+    print(f"{s.steps} steps of {s.prompts_per_step} prompts × {s.group_size} "
+          f"responses; writing {run.folder}")
+    path, config = run.folder / CONFIG, config_of(run)
+    if parallel.rank():
         return
-    for line in listing.read_text(encoding="utf-8", errors="replace").splitlines():
-        digest, _, name = line.partition("  ")
-        file = folder / name
-        require(bool(name) and Path(name).name == name and file.is_file(),
-                f"{listing} names a file that is not there: {name!r}")
-        require(file_sha256(file) == digest, f"{file} is not the file that was written "
-                f"(its SHA-256 differs from {CHECKSUMS}); restore or retrain it")
+    if s.resume is None:
+        write_json(path, config)
+        return
+    require_unfinished(run.folder)  # now that nobody else is writing here
+    for file in run.folder.glob(".*.*"):  # of a process that was killed
+        file.unlink()
+    saved = read_json(path)
+    inputs = saved.get("inputs")
+    require(isinstance(inputs, dict), f"{path} lacks the SHA-256 of its inputs")
+    changed = sorted(name for name in run.inputs.keys() | inputs.keys()
+                     if inputs.get(name) != run.inputs.get(name))
+    require(not changed, f"{run.folder} was made with another {', '.join(changed)}; "
+            "put the old one back, or start another run")
+    for name in ("torch", "threads", "processes"):
+        if saved.get(name) != config[name]:
+            print(f"note: {name} was {saved.get(name)} and is {config[name]} now; the "
+                  "rest of the run will round differently", file=sys.stderr)
 
 
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
+def config_of(run: Run) -> dict:
+    """All settings of a run as they are used, its inputs, and where it runs.
+
+    PyTorch's version and the numbers of threads and processes change how sums round,
+    and with them, after some steps, what is sampled.
+    """
+    s = run.settings
+    config = {name: getattr(s, name) for name in option_names(type(s))}
+    config = {k: str(v) if isinstance(v, Path) else v for k, v in config.items()}
+    return config | {
+        "method": run.method, "out": str(run.folder), "resume": None, "axes": run.axes,
+        "weights_used": (run.weights / run.weights.sum()).tolist(),
+        "inputs": run.inputs,
+        "reward": s.reward or str(reward_model.default_folder(s.model)),
+        "torch": torch.__version__, "threads": torch.get_num_threads(),
+        "processes": parallel.size()}
 
 
-# ----------------------------------------------------------------------- checkpoints
+# ------------------------------------------------------------------- … step by step …
 
 
-class Stop:
-    """Ctrl-C and SIGTERM ask for a stop after the current step; a second one insists.
+class Log:
+    """What a training writes: lines, checkpoints, the progress bar.
 
-    Inside `with Stop() as stop:`, a loop looks at `stop.asked` after every step.
+    `with Log(run, total, optimizer, state) as log:` loads the folder's checkpoint, if
+    there is one, and cuts the files of lines to it; `log.done` steps need not be done
+    again. The training then calls `log.write` once a step.
     """
 
-    def __init__(self) -> None:
-        self.asked = False
-        self._before: dict[int, object] = {}
+    def __init__(self, run: Run, total: int,
+                 optimizer: torch.optim.Optimizer | None = None,
+                 state: list[Tensor] = ()) -> None:
+        """Take a training of `total` steps, which moves the optimiser's parameters.
 
-    def __enter__(self) -> "Stop":
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, self._ask)
+        Args:
+            state: what a checkpoint keeps, beside the optimiser's moments.
+        """
+        self.run, self.total, self.optimizer, self.state = run, total, optimizer, state
+        self.path, self.done, self.dead = run.folder / CHECKPOINT, 0, 0
+        # Lines of each of LINES. Not every step samples, so the steps do not tell.
+        self.counts = [0, 0]
+        self.timer = CheckpointTimer(run.settings.save_every)
+        groups = optimizer.param_groups if optimizer else []
+        run.trained = sum(p.numel() for group in groups for p in group["params"])
+
+    def __enter__(self) -> "Log":
+        self._restore()
+        with contextlib.ExitStack() as stack:
+            self.bar = stack.enter_context(tqdm(
+                total=self.total, initial=min(self.done, self.total), unit="step",
+                **parallel.progress()))
+            self.stop = stack.enter_context(Stop())
+            self.files = [stack.enter_context(append(self.run.folder / name))
+                          for name in LINES]
+            self._close = stack.pop_all().close
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        self._close()
 
-    def _ask(self, *_: object) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-        print("\nstopping after this step; once more to stop at once", file=sys.stderr)
+    def write(self, metrics: dict, samples: list[dict] = ()) -> bool:
+        """Keep a step: its metrics, its responses; now and then a checkpoint.
 
+        Returns:
+            False when the run was asked to stop; a checkpoint is written.
+        """
+        # A signal may reach one process a step before the others.
+        signals = torch.tensor(float(self.stop.asked), device=self.run.model.device)
+        parallel.all_reduce(signals)
+        asked, step = bool(signals), metrics["step"]
+        if parallel.rank() == 0:
+            for i, lines in enumerate(([metrics], samples)):
+                for line in lines:
+                    append_line(self.files[i], line)
+                self.counts[i] += len(lines)
+            if self.timer(step) or asked or step == self.total:
+                self._save(step)
+        self._show(metrics)
+        return not asked
 
-class Due:
-    """When to write a checkpoint: every `every` steps, or about every five minutes."""
+    def _save(self, step: int) -> None:
+        # The lines first: a checkpoint must not know more than they do.
+        for file in self.files:
+            os.fsync(file.fileno())
+        hashes = {name: file_sha256(self.run.folder / name)
+                  for name in (CONFIG, *LINES)}
+        save_checkpoint(self.path, self.state, self.optimizer,
+                        {"step": step, "lines": self.counts, **hashes})
 
-    MINUTES = 5
+    def _restore(self) -> None:
+        # The first process may still be writing the checkpoint of a first half.
+        parallel.all_reduce(torch.zeros(1, device=self.run.model.device))
+        about = {}
+        if self.optimizer and self.path.is_file():
+            about = load_checkpoint(self.path, self.state, self.optimizer)
+            self.done, self.counts = about.get("step"), about.get("lines")
+            numbers = [self.done, *(self.counts if type(self.counts) is list else [])]
+            require(len(numbers) == 3 and all(type(n) is int and n >= 0
+                                              for n in numbers),
+                    f"{self.path} is of step {self.done!r} with {self.counts!r} lines; "
+                    "delete it to start the training again")
+        if parallel.rank() == 0:
+            for name, count in zip(LINES, self.counts, strict=True):
+                keep_lines(self.run.folder / name, count, about.get(name))
 
-    def __init__(self, every: int | None) -> None:
-        self.every, self.last = every, time.monotonic()
-
-    def __call__(self, step: int) -> bool:
-        """Is one due after this step? Call it once a step."""
-        if self.every is not None:
-            return step % self.every == 0
-        due = time.monotonic() - self.last >= 60 * self.MINUTES
-        if due:
-            self.last = time.monotonic()
-        return due
-
-
-def save_checkpoint(path: Path, parameters: list[Tensor],
-                    optimizer: torch.optim.Optimizer, about: dict) -> None:
-    """Write parameters, the optimiser's moments and a JSON object as one file, whole.
-
-    One file, so that its renaming replaces the last checkpoint at once: there is never
-    a moment without a good one, nor one with halves of two.
-    """
-    tensors = {f"parameter.{i}": p for i, p in enumerate(parameters)}
-    for i, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{i}.{key}": value for key, value in state.items()}
-    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    about = about | {"sha256": _tensors_sha256(tensors)}
-    write_whole(path, safetensors.torch.save(tensors, {"about": json.dumps(about)}))
-
-
-def _tensors_sha256(tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(f"{name} {tuple(tensors[name].shape)}".encode())
-        digest.update(tensors[name].contiguous().view(torch.uint8).numpy().tobytes()
-                      if tensors[name].dim() else str(tensors[name].item()).encode())
-    return digest.hexdigest()
-
-
-def checkpoint_about(path: Path) -> dict:
-    """The JSON object of a checkpoint, without its tensors."""
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            about = json.loads(file.metadata()["about"])
-        if not isinstance(about, dict):
-            raise ValueError("no JSON object")
-    except (safetensors.SafetensorError, OSError, LookupError, TypeError, ValueError,
-            RecursionError) as error:
-        raise _not_ours(path, error) from error
-    return about
-
-
-def _not_ours(path: Path, error: Exception) -> UserError:
-    return UserError(f"{path} is not a checkpoint of this run ({error}); delete it to "
-                     "start the training again")
-
-
-@torch.no_grad()
-def load_checkpoint(path: Path, parameters: list[Tensor],
-                    optimizer: torch.optim.Optimizer) -> dict:
-    """Put everything back that `save_checkpoint` wrote; return its JSON object.
-
-    Raises:
-        UserError: a broken file, or one of other sizes.
-    """
-    about = checkpoint_about(path)
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-        if about.pop("sha256") != _tensors_sha256(tensors):
-            raise ValueError("its SHA-256 differs")
-        state: dict[int, dict[str, Tensor]] = {}
-        for name in tensors:
-            kind, _, rest = name.partition(".")
-            if kind == "optimizer":
-                number, _, key = rest.partition(".")
-                state.setdefault(int(number), {})[key] = tensors[name]
-        trained = [p for g in optimizer.param_groups for p in g["params"]]
-        for i, parameter in enumerate(trained):
-            shape = tuple(parameter.shape)
-            found = {key: tuple(value.shape) for key, value in state.get(i, {}).items()}
-            if found not in ({}, {"step": (), "exp_avg": shape, "exp_avg_sq": shape}):
-                raise ValueError(f"moments of parameter {i} have shapes {found}")
-        for i, parameter in enumerate(parameters):
-            found = tensors[f"parameter.{i}"]
-            if found.shape != parameter.shape:
-                raise ValueError(f"parameter {i} has shape {list(found.shape)}, not "
-                                 f"{list(parameter.shape)}")
-            parameter.copy_(found)
-        optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
-    except (safetensors.SafetensorError, OSError, LookupError, TypeError, ValueError,
-            RuntimeError) as error:
-        raise _not_ours(path, error) from error
-    return about
-
-
-def keep_lines(path: Path, count: int, sha256: str | None) -> None:
-    """Keep the first `count` lines of a file: others came after the checkpoint.
-
-    Args:
-        sha256: of these lines, as the checkpoint has it; None where there is none.
-    """
-    lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
-    kept = b"".join(line + b"\n" for line in lines[:count])
-    require(sha256 in (None, hashlib.sha256(kept).hexdigest()),
-            f"{path} has changed since the checkpoint was written; put the old one "
-            "back, or start another run")
-    write_whole(path, kept)
-
-
-@contextlib.contextmanager
-def only_writer(folder: Path) -> Iterator[None]:
-    """Refuse a second process that writes the same run folder.
-
-    The lock is on the folder itself and dies with the process, so that a run that was
-    killed can be resumed at once.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        raise UserError(f"cannot write into {folder}: {error.strerror}; choose another "
-                        "--out") from error
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(f"another process is writing {folder}; choose another "
-                            "--out, or wait for it") from error
-        try:
-            yield
-        finally:
-            with contextlib.suppress(OSError):
-                folder.rmdir()  # if it is empty: a refused run leaves nothing behind
-    finally:
-        os.close(handle)
-
-
-# -------------------------------------------------------------------------- settings
-
-
-def option(default: object, help: str, **extra: object) -> dataclasses.Field:
-    """A field of a settings dataclass that is also a command-line option."""
-    return dataclasses.field(default=default, metadata={"help": help, **extra})
-
-
-def parse_settings(cls: type, description: str, argv: list[str] | None = None):
-    """Build `argparse` from the fields of a settings dataclass, and fill it.
-
-    A field `group_size: int = option(8, "...")` becomes `--group-size N`; its default
-    and help come from the field, so the two cannot drift apart.
-    """
-    return cls(**vars(_parser(cls, description).parse_args(argv)))
-
-
-def given_options(cls: type, argv: list[str] | None = None) -> dict[str, object]:
-    """Only the options that stand on the command line, whatever their value."""
-    parser = _parser(cls, "")
-    for action in parser._actions:
-        action.default = argparse.SUPPRESS
-    return vars(parser.parse_args(argv))
-
-
-def _parser(cls: type, description: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=description)
-    for field in dataclasses.fields(cls):
-        extra = dict(field.metadata)
-        extra["help"] = extra["help"].replace("%", "%%")  # argparse formats it
-        if field.default not in (None, "", False):
-            extra["help"] += " (default: %(default)s)"
-        positional = extra.pop("positional", False)
-        # `from __future__ import annotations` is not used, so a type is a type; for
-        # `int | None` the type that reads the text is the first of the union.
-        kind = getattr(field.type, "__args__", (field.type,))[0]
-        name = field.name if positional else "--" + field.name.replace("_", "-")
-        if kind is bool:
-            parser.add_argument(name, action="store_true", **extra)
+    def _show(self, metrics: dict) -> None:
+        """R, the axes, KL and speed (or the loss), beside the bar's own time left."""
+        if "R" in metrics:
+            figures = {"R": f"{metrics['R']:.3f}"}
+            figures |= {a[:4]: f"{v['mean']:.2f}" for a, v in metrics["axes"].items()}
+            if "kl" in metrics:
+                figures["KL"] = f"{metrics['kl']:.3f}"
+            figures["tok/s"] = f"{metrics['tokens'] / metrics['seconds']:.0f}"
         else:
-            parser.add_argument(name, type=kind, default=field.default, **extra)
-    return parser
+            figures = {"loss": f"{metrics['loss']:.3f}"}
+        self.bar.set_postfix(figures, refresh=False)
+        self.bar.update()
+        self.dead = self.dead + 1 if metrics.get("dead_groups") == 1 else 0
+        if self.dead == DEAD_STEPS and parallel.rank() == 0:
+            self.bar.write(f"note: for {self.dead} steps every group was dead (its "
+                           "scores agree within --min-std); nothing can be learnt from "
+                           "that: raise --temperature or --group-size, or lower "
+                           "--min-std", sys.stderr)
 
 
-def saved_settings(cls: type, saved: dict, given: dict, where: Path):
-    """Settings of an earlier run, to go on with.
+# ------------------------------------------------------------------- … to its summary
+
+
+def save_policy(run: Run) -> None:
+    """The adapter, in PEFT's layout."""
+    if run.trained and parallel.rank() == 0:
+        lora.save(run.model, "policy", run.folder / "adapter",
+                  base_name(run.settings.model))
+
+
+def finish(run: Run, held_out: list[Prompt], before: tuple, after: tuple,
+           started: float) -> None:
+    """Print the table and write summary.json and the checksums.
 
     Args:
-        saved: fields by name, as JSON holds them.
-        given: options that were typed now; they must say the same.
-
-    Raises:
-        UserError: other settings, which are named; or a file that is not ours.
+        before, after: figures and answers, from `evaluate`.
+        started: of `time.perf_counter`, when the program began.
     """
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    missing = [name for name in fields if name not in saved]
-    require(not missing, f"{where} lacks {', '.join(missing)}; it is not from this "
-            "version of the program")
-    other = [f"--{name.replace('_', '-')} {saved[name]} (not {value})"
-             for name, value in given.items() if str(value) != str(saved[name])]
-    require(not other, f"{where} was made with {', '.join(other)}; leave these out, or "
-            "start another run")
-    return cls(**{name: _saved_value(field, saved[name], where)
-                  for name, field in fields.items()})
+    if parallel.rank():
+        return
+    s = run.settings
+    print_report(run, held_out, before, after)
+    seconds = time.perf_counter() - started
+    lines = (run.folder / LINES[0]).read_text().splitlines()
+    metrics = [json.loads(line) for line in lines]
+    write_json(run.folder / "summary.json", {
+        "before": before[0], "after": after[0], "seconds": round(seconds, 1),
+        "peak_rss_gb": round(peak_rss_gb(), 2), "seed": s.seed,
+        "training_seconds": round(sum(m["seconds"] for m in metrics), 1),
+        "sampled_tokens": sum(m["tokens"] for m in metrics),
+        "trained_tokens": sum(m["trained_tokens"] for m in metrics),
+        "trained_parameters": run.trained,
+        "held_out_prompts": len(held_out), "model": base_name(s.model),
+        "answers": [{"prompt": p.text, "before": b, "after": a} for p, b, a in
+                    zip(held_out, before[1], after[1], strict=True)]})
+    # The checksums come last: a folder that has them is finished.
+    write_checksums(run.folder, [CONFIG, *LINES, "summary.json"])
+    for name in (CHECKPOINT, BEFORE):
+        (run.folder / name).unlink(missing_ok=True)
+    saved = f"adapter in {run.folder / 'adapter'} (PEFT format)" if run.trained else (
+        "nothing was trained")
+    print(f"\n{format_seconds(seconds)}, peak {peak_rss_gb():.2f} GB; {saved}")
 
 
-def _saved_value(field: dataclasses.Field, value: object, where: Path) -> object:
-    """A setting from a file, with the type and the choices of the command line."""
-    kinds = getattr(field.type, "__args__", (field.type,))
-    if value is None and type(None) in kinds:
-        return None
-    kind = kinds[0]
-    good = {bool: type(value) is bool, int: type(value) is int and abs(value) < 2 ** 31,
-            float: type(value) in (int, float) and abs(value) < 1e30,
-            str: isinstance(value, str), Path: isinstance(value, str)}[kind]
-    if isinstance(value, str):
-        good = good and len(value) < 4096 and value.isprintable()
-    require(good and value in field.metadata.get("choices", [value]),
-            f"{where}: {field.name} is {value!r}; it was changed by hand?")
-    return kind(value)
-
-
-# --------------------------------------------------------------------------- figures
-
-
-def peak_rss_gb() -> float:
-    """Largest resident memory of this process so far, in GB (10^9 bytes)."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak * (1 if sys.platform == "darwin" else 1024) / 1e9  # Linux counts KiB
-
-
-def available_memory() -> int:
-    """Bytes of main memory that a new allocation could use."""
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass  # not Linux: all memory is the best guess
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def format_table(header: list[str], rows: list[list[object]]) -> str:
-    """Align columns: text to the left, numbers (three decimals) to the right."""
-    cells = [header] + [
-        [f"{c:.3f}" if isinstance(c, float) else str(c) for c in row] for row in rows
-    ]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    lines = []
-    for row in cells:
-        first = row[0].ljust(widths[0])
-        lines.append("  ".join(
-            [first] + [c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)]
-        ))
-    lines.insert(1, "  ".join("-" * w for w in widths))
-    return "\n".join(lines)
-
-
-def format_seconds(seconds: float) -> str:
-    """`75.3` → `1 min 15 s`."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+def print_report(run: Run, held_out: list[Prompt], before: tuple,
+                 after: tuple) -> None:
+    """The table and three pairs of answers, drawn by the seed."""
+    rows = []
+    for who in ("reward_model", "judge", "gold"):
+        if who in before[0]:
+            rows += [[f"{who} {axis}", old, after[0][who][axis],
+                      f"{after[0][who][axis] - old:+.3f}"]
+                     for axis, old in before[0][who].items()]
+    print(f"\n{len(held_out)} held-out prompts, mean score before and after")
+    print(format_table(["scored by, axis", "before", "after", "change"], rows))
+    how = "at most" if "kl_is_a_bound" in after[0] else "exactly"
+    print(f"KL to the base: {how} {after[0]['kl']:.3f} nats a token; under the base, "
+          f"perplexity {before[0]['base_perplexity']:.2f} → "
+          f"{after[0]['base_perplexity']:.2f}; distinct 3-grams "
+          f"{before[0]['distinct_3_grams']:.2f} → {after[0]['distinct_3_grams']:.2f}")
+    for i in random.Random(run.settings.seed).sample(range(len(held_out)),
+                                                     min(3, len(held_out))):
+        print(f"\nprompt: {held_out[i].text}\nbefore: {before[1][i]}\n"
+              f"after:  {after[1][i]}")

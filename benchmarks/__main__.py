@@ -24,18 +24,17 @@ from statistics import median
 import torch
 from tqdm import tqdm
 
-from model import TINY
-from run import (
+from loading import TINY
+from plumbing.files import (
     UserError,
     file_sha256,
     one_line_errors,
-    option,
-    parse_settings,
     read_json,
     require,
     write_json,
     write_whole,
 )
+from plumbing.options import option, parse_settings
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("torch", "transformers", "peft", "trl", "matplotlib")
@@ -126,13 +125,13 @@ def measure_rows(rows: list[Row], report: dict, repeats: int, out: Path) -> None
         for row in rows:
             key = json.dumps([row.case, row.sides])
             if key not in known:
-                found: dict[str, list] = {side: [] for side in row.sides}
+                runs: dict[str, list] = {side: [] for side in row.sides}
                 for _ in range(repeats):
                     for side in row.sides:
                         bar.set_postfix_str(f"{row.name}: {side}")
-                        found[side].append(measure(row, side))
+                        runs[side].append(measure(row, side))
                         bar.update()
-                known[key] = {side: summarise(runs) for side, runs in found.items()}
+                known[key] = {side: summarise(own) for side, own in runs.items()}
             report["rows"][row.name] = known[key]
             write_json(out, report)  # two hours of rows must not hang on the last
 
@@ -141,25 +140,25 @@ def summarise(runs: list[dict]) -> dict:
     """Figures of all processes of a side → medians, with the smallest and largest."""
     rounds = [r for run in runs for r in run["rounds"]]
     whole = [r["all"] for r in rounds]
-    found = {"seconds": median(whole), "low": min(whole), "high": max(whole),
-             "rounds": len(whole), "peak_gb": median(r["peak_gb"] for r in runs),
-             "phases": {phase: median(r[phase] for r in rounds)
-                        for phase in rounds[0] if phase != "all"}}
+    figures = {"seconds": median(whole), "low": min(whole), "high": max(whole),
+               "rounds": len(whole), "peak_gb": median(r["peak_gb"] for r in runs),
+               "phases": {phase: median(r[phase] for r in rounds)
+                          for phase in rounds[0] if phase != "all"}}
     first = runs[0]
     if "tokens" in first:
-        found["tokens_per_second"] = first["tokens"] / found["seconds"]
+        figures["tokens_per_second"] = first["tokens"] / figures["seconds"]
     if "gemm" in first:
         # FLOPs / (seconds · FLOP/s of a large product, mean of just before and after)
-        found["share_of_gemm"] = {
+        figures["share_of_gemm"] = {
             phase: median(flops / (median(r[phase] for r in run["rounds"])
                                    * sum(run["gemm"]) / 2) for run in runs)
             for phase, flops in first["flops"].items()}
     if "product_rate" in first:
         # bytes / (seconds · bytes/s of the head's product, likewise)
-        found["share_of_product"] = median(
+        figures["share_of_product"] = median(
             run["bytes"] / (median(r["all"] for r in run["rounds"])
                             * sum(run["product_rate"]) / 2) for run in runs)
-    return found
+    return figures
 
 
 # ----------------------------------------------------------------------------- tables
@@ -198,8 +197,8 @@ def compared(results: dict[str, dict]) -> list[str]:
 def share(result: dict) -> str:
     """How near a side comes to the machine's own products or bandwidth."""
     if "share_of_gemm" in result:
-        return ", ".join(f"{phase} {part:.0%} of GEMM"
-                         for phase, part in result["share_of_gemm"].items())
+        return ", ".join(f"{phase} {ratio:.0%} of GEMM"
+                         for phase, ratio in result["share_of_gemm"].items())
     if "share_of_product" in result:
         return f"{result['share_of_product']:.0%} of the head's product"
     return ""
@@ -228,11 +227,11 @@ def growth(results: dict[str, dict]) -> list[str]:
 
 def series(results: dict[str, dict]) -> dict[str, list[tuple[int, dict]]]:
     """Growth rows by what grows: its values, each with its figures."""
-    found: dict[str, list] = {}
+    points: dict[str, list] = {}
     for name, sides in results.items():
         title, _, value = name.removeprefix("growth, ").rpartition(" = ")
-        found.setdefault(title, []).append((int(value), sides["ours"]))
-    return found
+        points.setdefault(title, []).append((int(value), sides["ours"]))
+    return points
 
 
 def draw(results: dict[str, dict], path: Path) -> None:
@@ -287,11 +286,11 @@ def tables(report: dict) -> str:
     about = (f"{report['date']}, {report['machine']}, {report['threads']} threads, "
              f"{versions}; {report['repeats']} processes of each side; model SHA-256 "
              f"{report['sha256']}.")
-    parts = [[about], [LEGEND]]
-    parts += [make(found) for make, found in
-              ((brief, rest), (compared, rest), (phases, steps), (growth, grown))
-              if found]
-    return "\n\n".join("\n".join(part) for part in parts) + "\n"
+    sections = [[about], [LEGEND]]
+    sections += [make(chosen) for make, chosen in
+                 ((brief, rest), (compared, rest), (phases, steps), (growth, grown))
+                 if chosen]
+    return "\n\n".join("\n".join(lines) for lines in sections) + "\n"
 
 
 def processor() -> str:

@@ -23,7 +23,8 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from model import linear
+from frozen import linear
+from plumbing.figures import Clock
 
 RANK, BETA, LR = 16, 0.04, 1e-5
 
@@ -39,18 +40,18 @@ def gemm_speed(seconds: float = 1.0) -> float:
 def product_rate(weight: torch.Tensor, rows: int, seconds: float = 1.0) -> float:
     """Bytes of `weight` (V, D) read a second by its product with so many rows."""
     x = torch.randn(rows, weight.shape[1], dtype=weight.dtype)
-    ways = [lambda: x @ weight.T, lambda: weight @ x.T, lambda: linear(x, weight)]
-    return weight.numel() * weight.element_size() * best_rate(ways, seconds)
+    products = [lambda: x @ weight.T, lambda: weight @ x.T, lambda: linear(x, weight)]
+    return weight.numel() * weight.element_size() * best_rate(products, seconds)
 
 
-def best_rate(ways: list[Callable[[], object]], seconds: float) -> float:
-    """Calls a second of the fastest of several ways to the same product."""
+def best_rate(products: list[Callable[[], object]], seconds: float) -> float:
+    """Calls a second of the fastest of several functions for the same product."""
     best = 0.0
-    for way in ways:
-        way()
+    for product in products:
+        product()
         rounds, started = 0, time.perf_counter()
-        while time.perf_counter() - started < seconds / len(ways):
-            way()
+        while time.perf_counter() - started < seconds / len(products):
+            product()
             rounds += 1
         best = max(best, rounds / (time.perf_counter() - started))
     return best
@@ -95,27 +96,29 @@ def our_step(model: str, prompts: int, prompt_tokens: int, group_size: int,
     """`grpo.py`'s own functions, phase by phase."""
     import grpo
     import lora
-    from model import load
+    from loading import load
+    from run import Prompt, Run
+    from sample import sample_batch, score_batch
 
     base, tokenizer = load(model)
     text = text_of(tokenizer, prompt_tokens)
     tokenizer.stop_ids = [-1]  # nothing ends early
-    settings = grpo.resolve(grpo.Settings(
+    settings = grpo.Settings(
         model=model, prompts_per_step=prompts, group_size=group_size, steps=steps,
-        max_new_tokens=response_tokens, rank=RANK, beta=BETA, lr=LR))
+        max_new_tokens=response_tokens, rank=RANK, beta=BETA, lr=LR).resolved()
     lora.attach(base, "policy", RANK, 2 * RANK)
     axes = ["politeness", "meaningfulness", "actionability", "safety"]
-    run = grpo.Run(settings, base, tokenizer, axes, torch.ones(4),
-                   lambda _prompt, rows: torch.rand(len(rows), 4), {}, Path())
-    chosen = [grpo.Prompt(text, tokenizer.encode(text), i) for i in range(prompts)]
+    run = Run(settings, base, tokenizer, axes, torch.ones(4),
+              lambda _prompt, rows: torch.rand(len(rows), 4), {}, Path())
+    chosen = [Prompt(text, tokenizer.encode(text), i) for i in range(prompts)]
     optimizer = torch.optim.AdamW(lora.parameters(base, "policy"), LR)
 
     def one(number: int) -> dict[str, float]:
-        clock, started = grpo.Clock(), time.perf_counter()
+        clock, started = Clock(), time.perf_counter()
         with clock("sampling"):
-            sampled = grpo.sample_batch(run, chosen, number)
-        batch = grpo.score_batch(run, chosen, sampled)
-        grpo.train_batch(run, batch, optimizer, clock)
+            sampled = sample_batch(run, chosen, number, group_size)
+        batch = score_batch(run, chosen, sampled)
+        grpo.update(run, batch, optimizer, clock)
         return {"all": time.perf_counter() - started, **clock.seconds}
 
     one(0)
@@ -135,6 +138,7 @@ def count_flops(run, chosen: list) -> dict[str, float]:
     """
     import grpo
     import lora
+    from sample import reference_hidden, sample_batch, score_batch
 
     def counter() -> FlopCounterMode:
         def onednn(x: list, weight: list, *_: object, **__: object) -> int:
@@ -143,14 +147,15 @@ def count_flops(run, chosen: list) -> dict[str, float]:
         return FlopCounterMode(display=False, custom_mapping={
             torch.ops.mkldnn._linear_pointwise: onednn})
 
-    batch = grpo.score_batch(run, chosen, grpo.sample_batch(run, chosen, 99))
+    batch = score_batch(run, chosen, sample_batch(run, chosen, 99,
+                                                  run.settings.group_size))
     with counter() as counted:
-        reference = [grpo.reference_hidden(run, batch, p) for p in range(len(chosen))]
-    found = {"reference": counted.get_total_flops()}
+        reference = [reference_hidden(run, batch, p) for p in range(len(chosen))]
+    flops = {"reference": counted.get_total_flops()}
     with counter() as counted, lora.using(run.model, "policy"):
         for p in range(len(chosen)):
-            grpo.train_group(run, batch, p, reference[p])
-    return found | {"training": counted.get_total_flops()}
+            grpo.train_group(run, batch, batch.reward, p, reference[p])
+    return flops | {"training": counted.get_total_flops()}
 
 
 def trl_step(model: str, prompts: int, prompt_tokens: int, group_size: int,
@@ -192,9 +197,9 @@ def trl_step(model: str, prompts: int, prompt_tokens: int, group_size: int,
                 report_to="none", save_strategy="no", logging_strategy="no",
                 disable_tqdm=True))
         trainer.add_callback(Watch())
-        for name, found in (("_generate", sampling),
-                            ("_generate_and_score_completions", scoring)):
-            setattr(trainer, name, timed(getattr(trainer, name), found))
+        for name, seconds in (("_generate", sampling),
+                              ("_generate_and_score_completions", scoring)):
+            setattr(trainer, name, timed(getattr(trainer, name), seconds))
         with contextlib.redirect_stdout(sys.stderr):
             trainer.train()
     rounds = [{"all": whole, "sampling": first, "reference": second - first,
@@ -236,12 +241,12 @@ def trl_trainer(model: str, prompt_tokens: int, response_tokens: int, config):
     return trainer
 
 
-def timed(function: Callable, found: list[float]) -> Callable:
+def timed(function: Callable, seconds: list[float]) -> Callable:
     """The function, which also notes its seconds."""
     def call(*arguments, **options):
         started = time.perf_counter()
         result = function(*arguments, **options)
-        found.append(time.perf_counter() - started)
+        seconds.append(time.perf_counter() - started)
         return result
 
     return call
@@ -257,7 +262,7 @@ def sampled(side: str, model: str, rows: int, prompt_tokens: int, response_token
     `generate` computes the prompt for each row, unless it is handed a cache.
     """
     if side == "ours":
-        from model import load
+        from loading import load
         from sample import draw_uniforms, rollout
 
         base, tokenizer = load(model)
@@ -386,7 +391,7 @@ def block(side: str, rows: int, tokens: int, steps: int) -> dict:
 
 def loading(side: str, model: str) -> dict:
     """Seconds and largest memory of loading a checkpoint in fp32; no warm-up here."""
-    from model import load
+    from loading import load
 
     if side != "ours":
         import transformers

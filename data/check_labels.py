@@ -18,15 +18,10 @@ from pathlib import Path
 import numpy as np
 
 from data.world import AXES
-from reward_model import spearman
-from run import (
-    format_table,
-    one_line_errors,
-    option,
-    parse_settings,
-    read_rows,
-    require,
-)
+from plumbing.figures import format_table
+from plumbing.files import one_line_errors, read_rows, require
+from plumbing.options import option, parse_settings
+from plumbing.statistics import spearman
 
 HOME = Path(__file__).parent
 MARKS = (0, 0.25, 0.5, 0.75, 1)
@@ -90,16 +85,16 @@ def alike(texts: list[tuple[str, str]], limit: float) -> list[tuple[float, str, 
     """
     sets = [shingles(text) for _, text in texts]
     places: dict[tuple, list[int]] = {}
-    found = []
+    pairs = []
     for i, own in enumerate(sets):
         shared = Counter(j for run in own for j in places.get(run, ()))
         for j, common in shared.items():
             score = common / (len(own) + len(sets[j]) - common)
             if score >= limit and texts[i][0] != texts[j][0]:
-                found.append((score, texts[j][1], texts[i][1]))
+                pairs.append((score, texts[j][1], texts[i][1]))
         for run in own:
             places.setdefault(run, []).append(i)
-    return found
+    return pairs
 
 
 def sides(rows: list[dict], prompts: list[dict]) -> tuple[list, list]:
@@ -119,17 +114,17 @@ def openings(rows: list[dict]) -> list[tuple[str, int]]:
 
 def faults(rows: list[dict], twins: int) -> list[str]:
     """What breaks a limit of the datasheet."""
-    found = [f"{a} and {b} correlate at {r:.2f}, over {CORRELATION_LIMIT}"
-             for a, b, r in correlations(rows) if abs(r) > CORRELATION_LIMIT]
+    broken = [f"{a} and {b} correlate at {r:.2f}, over {CORRELATION_LIMIT}"
+              for a, b, r in correlations(rows) if abs(r) > CORRELATION_LIMIT]
     for number, row in enumerate(rows, 1):
         scores = row["scores"]
         if scores.keys() != {*AXES} or not {*scores.values()} <= {*MARKS}:
-            found.append(f"row {number}: scores must be the five marks on four axes")
+            broken.append(f"row {number}: scores must be the five marks on four axes")
     values = marks(rows)
     for k, axis in enumerate(AXES):
         unused = [m for m in MARKS if not (values[:, k] == m).any()]
-        found += [f"{axis} never uses {m}" for m in unused]
-    return found + ([f"{twins} texts are alike across splits"] if twins else [])
+        broken += [f"{axis} never uses {m}" for m in unused]
+    return broken + ([f"{twins} texts are alike across splits"] if twins else [])
 
 
 def print_counts(rows: list[dict]) -> None:

@@ -32,18 +32,18 @@ from tqdm import tqdm
 
 import grpo
 from data import rubric, world
-from model import TINY, Config, Qwen, Tokenizer, load, pad_rows
-from results import tables
-from run import (
+from loading import TINY, Tokenizer, load
+from model import Config, Qwen, pad_rows
+from plumbing.files import (
     one_line_errors,
-    option,
-    parse_settings,
     read_json,
     read_rows,
     write_checksums,
     write_json,
     write_whole,
 )
+from plumbing.options import option, parse_settings
+from results import tables
 from sample import draw_uniforms, rollout
 
 CONFIG = Config(
@@ -74,7 +74,7 @@ TRAIN_SEED, TEST_SEED, LABEL_SEED = 1, 1_000_001, 2_000_001
 class Settings:
     """Options of `python -m data.make_tiny`."""
 
-    what: str = option("base", "which step", positional=True,
+    what: str = option("base", "which step", positional=True, nargs="?",
                        choices=["base", "data", "measure", "results"])
     out: Path = option(TINY, "the checkpoint's folder")
     dialogues: int = option(136_000, "composed dialogues to train the base on")
@@ -206,26 +206,28 @@ def write_jsonl(path: Path, rows: list[dict]) -> None:
 def make_data(settings: Settings) -> None:
     """Prompts for GRPO, and labelled responses for the reward model."""
     rng = random.Random(settings.seed)
-    known = [p for pool in SAME_SIDE.values() for p in rng.sample(pool, 400)]
+    training = [p for pool in SAME_SIDE.values() for p in rng.sample(pool, 400)]
     held_out = world.evaluation_prompts(128, rng)
     write_jsonl(settings.out / "prompts.jsonl", [
         {"prompt": p.text, "split": split}
-        for split, part in (("train", known), ("heldout", held_out)) for p in part])
-    judged = [p for p in world.evaluation_prompts(300, rng) if p not in held_out][:100]
+        for split, prompts in (("train", training), ("heldout", held_out))
+        for p in prompts])
+    test = [p for p in world.evaluation_prompts(300, rng) if p not in held_out][:100]
     model, tokenizer = load(settings.out)
     rows = []
-    for split, part in (("train", known), ("test", judged)):
-        begun = [starts(rng, prompt) for prompt in part]
-        sampled = [answers(model, tokenizer, part, 1, settings.seed, list(column))
+    for split, prompts in (("train", training), ("test", test)):
+        begun = [starts(rng, prompt) for prompt in prompts]
+        sampled = [answers(model, tokenizer, prompts, 1, settings.seed, list(column))
                    for column in zip(*begun, strict=True)]
-        for prompt, *texts in zip(tqdm(part, desc=split, file=sys.stderr), *sampled,
+        for prompt, *texts in zip(tqdm(prompts, desc=split, file=sys.stderr), *sampled,
                                   strict=True):
             own = [text for group in texts for text in group]
             rows += [{"split": split, "prompt": prompt.text, "response": text,
                       "scores": rubric.score(prompt.text, text), **extra}
                      for text, extra in labelled(rng, prompt, own)]
     write_jsonl(settings.out / "labels.jsonl", rows)
-    print(f"wrote {len(known)} + {len(held_out)} prompts and {len(rows)} labelled rows")
+    print(f"wrote {len(training)} + {len(held_out)} prompts and {len(rows)} labelled "
+          "rows")
 
 
 def answers(model: Qwen, tokenizer: Tokenizer, prompts: list[world.Prompt], group: int,
@@ -236,12 +238,12 @@ def answers(model: Qwen, tokenizer: Tokenizer, prompts: list[world.Prompt], grou
     texts: list[list[str]] = []
     size = max(1, 128 // group)
     for start in tqdm(range(0, len(prompts), size), desc="sampling", file=sys.stderr):
-        part = prompts[start:start + size]
+        batch = prompts[start:start + size]
         table = torch.stack([draw_uniforms(seed, start + i, 0, group, room)
-                             for i in range(len(part))])
+                             for i in range(len(batch))])
         first = [tokenizer.encode(text) for text in begun[start:start + size]]
         prompts_ids = [tokenizer.chat(p.text) + ids
-                       for p, ids in zip(part, first, strict=True)]
+                       for p, ids in zip(batch, first, strict=True)]
         sampled = rollout(model, tokenizer, prompts_ids, table)
         flat = [tokenizer.decode(first[row // group] + ids).strip()
                 for row, ids in enumerate(sampled.responses())]
@@ -389,9 +391,9 @@ def perplexity(model: Qwen, tokenizer: Tokenizer, count: int = 2048) -> float:
             for p, _, r in world.dialogues(TEST_SEED, count)]
     total = tokens = 0
     for first in range(0, count, 64):
-        part = rows[first:first + 64]
-        total += response_loss(model, part).item()
-        tokens += sum(len(ids) - start for ids, start in part)
+        batch = rows[first:first + 64]
+        total += response_loss(model, batch).item()
+        tokens += sum(len(ids) - start for ids, start in batch)
     return math.exp(total / tokens)
 
 
@@ -403,8 +405,8 @@ def new_8_grams(settings: Settings, sampled: list[list[str]]) -> float:
 
     seen = {g for _, _, r in world.dialogues(TRAIN_SEED, settings.dialogues)
             for g in grams(r)}
-    found = [g for texts in sampled for t in texts[:4] for g in grams(t)]
-    return mean(g not in seen for g in found)
+    return mean(g not in seen
+                for texts in sampled for t in texts[:4] for g in grams(t))
 
 
 # ------------------------------------------------------------------------- the results
@@ -417,33 +419,34 @@ def results(settings: Settings) -> None:
         rest = ",".join(f"{a}={int(a == axis)}" for a in rubric.AXES)
         runs[f"{axis} only"] = ["--weights", rest, "--steps", "40"]
     best = read_json(settings.out / "measured.json")["R_best_of_64"]
-    found = {}
+    summaries = {}
     for name, options in runs.items():
         print(f"\n== {name}: python grpo.py {' '.join(options)}", flush=True)
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch) / "run"
             grpo.main([*options, "--out", str(folder)])
-            found[name] = read_json(folder / "summary.json") | {"options": options}
+            summary = read_json(folder / "summary.json") | {"options": options}
             lines = (folder / "metrics.jsonl").read_text().splitlines()[-10:]
-        found[name]["distinct_of_8"] = mean(json.loads(x)["distinct"] for x in lines)
-        del found[name]["answers"]
-        gold = found[name]["before"]["gold"]["R"], found[name]["after"]["gold"]["R"]
-        found[name]["gap_closed"] = (gold[1] - gold[0]) / (best - gold[0])
-    write_json(settings.out / "results.json", found)
-    print_results(found)
+        summary["distinct_of_8"] = mean(json.loads(x)["distinct"] for x in lines)
+        del summary["answers"]
+        gold = summary["before"]["gold"]["R"], summary["after"]["gold"]["R"]
+        summary["gap_closed"] = (gold[1] - gold[0]) / (best - gold[0])
+        summaries[name] = summary
+    write_json(settings.out / "results.json", summaries)
+    print_results(summaries)
 
 
-def print_results(found: dict[str, dict]) -> None:
+def print_results(summaries: dict[str, dict]) -> None:
     """Two Markdown tables: gold scores, and what the answers do."""
     print("\n| weights | gold R | gap closed | politeness | meaningfulness | "
           "actionability | safety | KL | distinct of 8 |\n|" + "---|" * 9)
-    for name, run in found.items():
+    for name, run in summaries.items():
         before, after = run["before"]["gold"], run["after"]["gold"]
         cells = [f"{before[k]:.2f} → {after[k]:.2f}" for k in ("R", *rubric.AXES)]
         cells.insert(1, f"{run['gap_closed']:.0%}")
         print("| " + " | ".join([name, *cells, f"{run['after']['kl']:.3f}",
                                  f"{run['distinct_of_8']:.1f}"]) + " |")
-    print("\n" + "\n".join(tables.behaviour_table(found, "weights")))
+    print("\n" + "\n".join(tables.behaviour_table(summaries, "weights")))
 
 
 if __name__ == "__main__":

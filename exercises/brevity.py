@@ -5,8 +5,8 @@ from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
 
-from model import TINY
-from run import read_rows, write_whole
+from loading import TINY
+from plumbing.files import read_rows, write_whole
 
 PROMPTS = {"train": 150, "test": 40}  # with 16 labelled responses each
 

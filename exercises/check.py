@@ -32,31 +32,31 @@ def blocks(page: str) -> list[tuple[list[str], bool, list[str]]]:
             for commands, exact, output in BLOCK.findall(page)]
 
 
-def near(found: str, wanted: str, exact: bool) -> bool:
+def near(printed: str, wanted: str, exact: bool) -> bool:
     """Are two numbers, as they are printed, the same for our purposes?"""
-    if found.endswith("%") != wanted.endswith("%"):
+    if printed.endswith("%") != wanted.endswith("%"):
         return False
     a, b = (float(n.rstrip("%").replace(",", "").replace("−", "-"))
-            for n in (found, wanted))
+            for n in (printed, wanted))
     decimals = len(wanted.rstrip("%").partition(".")[2])
     if exact:
         return abs(a - b) < 1.5 * 10 ** -decimals
     return abs(a - b) <= (15 if wanted.endswith("%") else 0.1 + 0.1 * abs(b))
 
 
-def same(found: str, wanted: str, exact: bool) -> bool:
+def same(printed: str, wanted: str, exact: bool) -> bool:
     """Does a printed line say what the page says?"""
     if SHARE.search(wanted):
-        return same_shares(found, wanted)
-    words = [" ".join(NUMBER.sub("#", line).split()) for line in (found, wanted)]
-    numbers = [NUMBER.findall(line) for line in (found, wanted)]
+        return same_shares(printed, wanted)
+    words = [" ".join(NUMBER.sub("#", line).split()) for line in (printed, wanted)]
+    numbers = [NUMBER.findall(line) for line in (printed, wanted)]
     return words[0] == words[1] and all(
         near(a, b, exact) for a, b in zip(*numbers, strict=True))
 
 
-def same_shares(found: str, wanted: str) -> bool:
+def same_shares(printed: str, wanted: str) -> bool:
     """Are the shares of each cell of a table near? One that is missing is 0%."""
-    cells = [line.split("|") for line in (found, wanted)]
+    cells = [line.split("|") for line in (printed, wanted)]
     if len(cells[0]) != len(cells[1]):
         return False
     for a, b in zip(*cells, strict=True):
@@ -94,13 +94,13 @@ def check(page: Path) -> list[str]:
         shutil.copytree(HOME, folder, ignore=shutil.ignore_patterns(
             "runs", ".*", "__pycache__"))
         for commands, exact, wanted in blocks(page.read_text()):
-            printed: list[str] = []
+            output: list[str] = []
             for command in commands:
                 lines, problem = run(command, folder)
-                printed += lines
+                output += lines
                 problems += [f"{command}: {problem}"] if problem else []
             problems += [f"not printed: {line}" for line in wanted if line.strip()
-                         and not any(same(found, line, exact) for found in printed)]
+                         and not any(same(printed, line, exact) for printed in output)]
     return problems
 
 

@@ -5,7 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from grpo import combine, group_advantage
+from grpo import group_advantage
+from reward_model import combine
 
 
 def advantage(scores: Tensor, weights: Tensor) -> Tensor:

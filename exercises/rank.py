@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from loading import TINY, load
 from lora import PROJECTIONS
-from model import TINY, load
 
 
 def merged(weight: Tensor, a: Tensor, b: Tensor, alpha: float) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 import grpo
 from data import rubric
 from lora import ActiveAdapter, LoRALinear
+from reward_model import combine
 
 HOME = "exercises.answers" if os.environ.get("ANSWERS") else "exercises"
 
@@ -34,19 +35,19 @@ RUDE = {"politeness": 0.0, "meaningfulness": 0.25, "actionability": 0.0, "safety
 def test_refusals_tie_at_the_weight(refuse, others):
     names = ("politeness", "meaningfulness", "actionability")
     weights = dict(zip(names, others, strict=True))
-    found = written("refusals").tie_weight(COMPLY, refuse, weights)
-    assert found > 0
+    tie = written("refusals").tie_weight(COMPLY, refuse, weights)
+    assert tie > 0
 
     def gain(safety: float) -> float:
         """R of compliance less R of the refusal."""
         w = torch.tensor([*others, safety], dtype=torch.float64)
         rows = torch.tensor([[m[axis] for axis in rubric.AXES]
                              for m in (COMPLY, refuse)], dtype=torch.float64)
-        comply, refused = grpo.combine(rows, w).tolist()
+        comply, refused = combine(rows, w).tolist()
         return comply - refused
 
-    assert gain(found) == pytest.approx(0, abs=1e-9)
-    assert gain(0.9 * found) > 0 > gain(1.1 * found)
+    assert gain(tie) == pytest.approx(0, abs=1e-9)
+    assert gain(0.9 * tie) > 0 > gain(1.1 * tie)
 
 
 # ----------------------------------------------------------------------------- 3. gdpo
@@ -55,9 +56,9 @@ def test_refusals_tie_at_the_weight(refuse, others):
 def test_gdpo_hears_an_axis_however_loud_it_is():
     scores = torch.rand(3, 8, 4, generator=torch.Generator().manual_seed(0))
     weights = torch.tensor([1.0, 0.0, 2.0, 1.0])
-    found = written("gdpo").advantage(scores, weights)
+    advantage = written("gdpo").advantage(scores, weights)
     wanted, _ = grpo.make_advantage(scores, weights, "gdpo")
-    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(advantage, wanted)
     # An axis of weight 0 is not heard; one that is ten times as loud no better.
     other = scores.clone()
     other[..., 1] = 1 - other[..., 1]
@@ -80,8 +81,8 @@ def test_kl_estimators_pull_where_they_should(seed, kind):
              "k2": (logp.exp() * (logp - logp_ref)).sum(),
              "k3": (logp_ref.exp() * (logp_ref - logp)).sum()}[kind]
     [wanted] = torch.autograd.grad(exact, leaf)
-    found = written("kl").expected_gradient(logits, ref, kind)
-    torch.testing.assert_close(found, wanted, atol=1e-12, rtol=1e-9)
+    gradient = written("kl").expected_gradient(logits, ref, kind)
+    torch.testing.assert_close(gradient, wanted, atol=1e-12, rtol=1e-9)
 
 
 # -------------------------------------------------------------------------- 9. brevity

@@ -1,4 +1,4 @@
-"""Write RUN/report.html, a page to explore a run: `python results/report.py RUN`.
+"""RUN/report.html, a page to explore a run; `python -m results RUN` writes it.
 
 One file that needs no network: curves, the table before and after, and the groups of
 the run. There, choose a step and a prompt, see its G responses with their scores, R and
@@ -9,18 +9,20 @@ anything is trained.
 
 import html
 import json
-import sys
 from pathlib import Path
 
+from results.files import read_json, read_rows, scored_steps, write_whole
+
 TEMPLATE = Path(__file__).with_name("report.html")
-PLACE = "/*DATA*/null"
+DATA_MARK = "/*DATA*/null"  # what the data replaces in the template
 
 
-def read_lines(path: Path) -> list[dict]:
-    """The rows of a JSONL file."""
-    # Not `splitlines`, which also cuts at U+2028, which a response may hold.
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines if line]
+def has_responses(folder: Path) -> bool:
+    """Whether this is a run's folder with steps and responses to show."""
+    names = ("config.json", "metrics.jsonl", "samples.jsonl")
+    return (all((folder / name).is_file() for name in names)
+            and (folder / "samples.jsonl").stat().st_size > 0
+            and bool(scored_steps(folder)))
 
 
 def groups(samples: list[dict], size: int) -> list[dict]:
@@ -35,53 +37,44 @@ def groups(samples: list[dict], size: int) -> list[dict]:
         for i in range(0, len(samples), size)]
 
 
-def data_of(folder: Path) -> dict:
+def page_data(folder: Path) -> dict:
     """All that the page shows."""
-    config = json.loads((folder / "config.json").read_text())
-    # DPO and SFT also have lines about training on pairs, without responses.
-    metrics = [m for m in read_lines(folder / "metrics.jsonl") if "R" in m]
-    summary = folder / "summary.json"
-    told = json.loads(summary.read_text()) if summary.is_file() else {}
+    config = read_json(folder / "config.json", "axes", "weights_used", "group_size")
+    steps, path = scored_steps(folder), folder / "summary.json"
+    summary = read_json(path) if path.is_file() else {}  # a run may not have ended
+    samples = read_rows(folder / "samples.jsonl", "step", "prompt", "response",
+                        "scores")
     return {
-        "name": folder.name, "axes": config["axes"], "weights": config["weights_used"],
-        "advantage": config["advantage"], "method": config.get("method", "grpo"),
-        "min_std": config["min_std"],
-        "steps": [m["step"] for m in metrics],
+        "name": folder.absolute().name,
+        "axes": config["axes"], "weights": config["weights_used"],
+        # Other methods have no advantages inside a group: the page shows GRPO's own.
+        "advantage": config.get("advantage", "group"),
+        "min_std": config.get("min_std", 1e-3),
+        "method": config.get("method", "grpo"),
+        "steps": [m["step"] for m in steps],
         "curves": {
-            "R": [m["R"] for m in metrics],
-            **({"R by the gold rubric": [m["R_gold"] for m in metrics]}
-               if all("R_gold" in m for m in metrics) else {}),
-            **{axis: [m["axes"][axis]["mean"] for m in metrics]
+            "R": [m["R"] for m in steps],
+            **({"R by the gold rubric": [m["R_gold"] for m in steps]}
+               if all("R_gold" in m for m in steps) else {}),
+            **{axis: [m["axes"][axis]["mean"] for m in steps]
                for axis in config["axes"]}},
-        "others": {key: [m[key] for m in metrics] for key in (
-            "kl", "entropy", "length") if all(key in m for m in metrics)},
-        "before": told.get("before"), "after": told.get("after"),
-        "groups": groups(read_lines(folder / "samples.jsonl"), config["group_size"])}
+        "others": {key: [m[key] for m in steps] for key in ("kl", "entropy", "length")
+                   if all(key in m for m in steps)},
+        "before": summary.get("before"), "after": summary.get("after"),
+        "groups": groups(samples, config["group_size"])}
 
 
 def page(data: dict) -> str:
     """The page as HTML."""
     # "</script>" inside a response would end the script: escape every "<".
     text = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")
-    template = TEMPLATE.read_text()
+    template = TEMPLATE.read_text(encoding="utf-8")
     return template.replace("<!--NAME-->", html.escape(data["name"])).replace(
-        PLACE, text)
+        DATA_MARK, text)
 
 
-def main(words: list[str]) -> str | None:
-    """Write the page, or return what is wrong."""
-    names = ("config.json", "metrics.jsonl", "samples.jsonl")
-    if len(words) != 1 or not all((Path(words[0]) / n).is_file() for n in names):
-        return f"usage: python results/report.py RUN, a folder with {', '.join(names)}"
-    data, path = data_of(Path(words[0])), Path(words[0]) / "report.html"
-    if not data["steps"]:
-        return f"report.py: error: {words[0]} has no steps with responses to show"
-    path.write_text(page(data), encoding="utf-8")
-    print(f"wrote {path}")
-    return None
-
-
-if __name__ == "__main__":
-    if problem := main(sys.argv[1:]):
-        print(problem, file=sys.stderr)
-        sys.exit(2)
+def write(folder: Path) -> Path:
+    """Write the page of a run that `has_responses`; return its path."""
+    path = folder / "report.html"
+    write_whole(path, page(page_data(folder)).encode())
+    return path

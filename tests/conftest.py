@@ -15,13 +15,24 @@ import tokenizers
 import torch
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-import model as qwen
+from loading import read_config
+from model import Qwen
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may depend on a network
 if not torch.cuda.is_available():
     # Triton's interpreter, for test_logprob_triton.py: read once, on importing triton,
     # and some other test's peer may import it first.
     os.environ["TRITON_INTERPRET"] = "1"
+
+REAL = os.environ.get("QWEN_DIR")
+
+
+def needs_real_qwen(test):
+    """Mark a test as slow, and skip it where there is no real checkpoint."""
+    why = "QWEN_DIR names no folder of a real Qwen2.5 0.5B Instruct"
+    return pytest.mark.slow(pytest.mark.peer(pytest.mark.skipif(not REAL, reason=why)(
+        test)))
+
 
 SIZES = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
@@ -39,6 +50,7 @@ VARIANTS = {
     "qwen3-untied": {"model_type": "qwen3", "tie_word_embeddings": False,
                      "head_dim": 24, "rope_theta": 1e4},
 }
+every_variant = pytest.mark.parametrize("variant", VARIANTS)
 SYSTEM = "You are a small test. You are a helpful assistant."
 # ChatML as Qwen2.5's template writes it, without its part for tools. The loop has no
 # dashes: who renders it without trim_blocks and lstrip_blocks gets stray blanks.
@@ -102,20 +114,20 @@ def write_checkpoint(folder, variant: str, dtype: torch.dtype) -> None:
         "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}))
     (folder / "generation_config.json").write_text(
         json.dumps({"eos_token_id": [402, 400], "pad_token_id": 400}))
-    model = qwen.Qwen(qwen.read_config(folder / "config.json"))
+    model = Qwen(read_config(folder / "config.json"))
     randomise(sorted(model.named_parameters()))
     tensors = {name: t.to(dtype) for name, t in model.state_dict().items()}
     if "sharded" not in variant:
         safetensors.torch.save_file(tensors, folder / "model.safetensors")
         return
-    where = {}
+    weight_map = {}
     for n in range(3):  # every third tensor: each layer lies in all of the shards
         file = f"model-0000{n + 1}-of-00003.safetensors"
-        part = {name: tensors[name] for name in sorted(tensors)[n::3]}
-        safetensors.torch.save_file(part, folder / file)
-        where |= dict.fromkeys(part, file)
+        shard = {name: tensors[name] for name in sorted(tensors)[n::3]}
+        safetensors.torch.save_file(shard, folder / file)
+        weight_map |= dict.fromkeys(shard, file)
     (folder / "model.safetensors.index.json").write_text(json.dumps(
-        {"metadata": {"total_size": 0}, "weight_map": where}))
+        {"metadata": {"total_size": 0}, "weight_map": weight_map}))
 
 
 @pytest.fixture(scope="session")

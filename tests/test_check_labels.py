@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from data import check_labels
-from run import UserError, read_rows
+from plumbing.files import UserError, read_rows
 
 ROOT = Path(__file__).parent.parent
 DATASHEET = (ROOT / "data" / "README.md").read_text()
@@ -79,10 +79,10 @@ def test_agreement_compares_first_and_second_marks():
 
 
 def test_a_row_without_an_axis_is_refused():
-    part = row()
-    del part["scores"]["safety"]
+    incomplete = row()
+    del incomplete["scores"]["safety"]
     with pytest.raises(UserError, match="row 2 has no score of safety"):
-        check_labels.marks([row(), part])
+        check_labels.marks([row(), incomplete])
 
 
 def test_faults_are_named():
@@ -139,9 +139,9 @@ def test_the_datasheet_shows_the_figures_of_the_checker(labels):
     assert f"{len(labels):,} labelled responses" in DATASHEET
     assert f"to {len({r['prompt'] for r in labels})} prompts" in DATASHEET
     for split in ("train", "judge", "test"):
-        part = [r for r in labels if r["split"] == split]
-        prompts = len({r["prompt"] for r in part})
-        assert f"| {split} | {prompts} | {len(part)} |" in DATASHEET
+        own = [r for r in labels if r["split"] == split]
+        prompts = len({r["prompt"] for r in own})
+        assert f"| {split} | {prompts} | {len(own)} |" in DATASHEET
     values = check_labels.marks(labels)
     for k, axis in enumerate(check_labels.AXES):
         counts = [str(int((values[:, k] == m).sum())) for m in check_labels.MARKS]

@@ -18,8 +18,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import evaluate
 import grpo
 import run
+from plumbing.files import UserError, read_json, verify_checksums
 from sample import Rollout
 
 ROOT = Path(__file__).parent.parent
@@ -53,19 +55,19 @@ def test_a_full_disk_ends_the_run_with_one_line_and_the_run_resumes(tmp_path):
     again = program("--resume", str(tmp_path / "run"))
     assert again.returncode == 0, again.stderr
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 3
-    run.verify_checksums(tmp_path / "run")
+    verify_checksums(tmp_path / "run")
 
 
 def test_a_folder_that_cannot_be_written_is_noticed_before_anything_is_loaded(
         tmp_path, monkeypatch):
-    monkeypatch.setattr(grpo, "load", None)
+    monkeypatch.setattr(run, "load", None)
     (tmp_path / "file").touch()
-    with pytest.raises(run.UserError, match="cannot write into"):
+    with pytest.raises(UserError, match="cannot write into"):
         grpo.main(["--out", str(tmp_path / "file" / "run")])
 
 
 def test_a_refused_run_leaves_no_folder(tmp_path):
-    with pytest.raises(run.UserError, match=r"no such file|cannot read"):
+    with pytest.raises(UserError, match=r"no such file|cannot read"):
         grpo.main(["--prompts", "gone.jsonl", "--out", str(tmp_path / "run")])
     assert not (tmp_path / "run").exists()
 
@@ -99,33 +101,34 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
 
 def with_scores(monkeypatch, scores) -> None:
     """Let the reward model give what `scores(responses)` returns."""
-    monkeypatch.setattr(grpo, "scoring", lambda *_: lambda _, rows: scores(rows))
+    monkeypatch.setattr(run, "learned_scorer", lambda *_: lambda _, rows: scores(rows))
 
 
 def test_a_reward_that_is_not_a_number_is_refused(monkeypatch, tmp_path):
     with_scores(monkeypatch, lambda rows: torch.full((len(rows), 4), float("nan")))
-    with pytest.raises(run.UserError, match="score that is not finite"):
+    with pytest.raises(UserError, match="score that is not finite"):
         grpo.main([*SHORT, "--out", str(tmp_path / "run")])
 
 
 def test_weights_of_other_axes_are_refused(tmp_path):
-    with pytest.raises(run.UserError, match="unknown axis 'brevity'"):
+    with pytest.raises(UserError, match="unknown axis 'brevity'"):
         grpo.main([*SHORT, "--weights", "brevity=1", "--out", str(tmp_path / "run")])
     assert not (tmp_path / "run").exists()
 
 
 def with_responses(monkeypatch, length: int, ended: bool) -> None:
     """Let every response have so many tokens, the last an end token if it ended."""
-    def sample(run_, prompts, step):
+    def sample(run_, prompts, step, group_size):
         stop = run_.tokenizer.stop_ids[0]
-        rows = len(prompts) * run_.settings.group_size
+        rows = len(prompts) * group_size
         tokens = torch.full((rows, length), 50)
         if ended:
             tokens[:, -1] = stop
         return Rollout(tokens, torch.ones_like(tokens, dtype=torch.bool),
                        torch.zeros(rows, length), torch.full((rows,), ended))
 
-    monkeypatch.setattr(grpo, "sample_batch", sample)
+    for module in (grpo, evaluate):
+        monkeypatch.setattr(module, "sample_batch", sample)
 
 
 @pytest.mark.parametrize(("length", "ended"), [(1, True), (16, False)],
@@ -139,12 +142,12 @@ def test_empty_and_endless_responses_are_responses(length, ended, monkeypatch,
         assert metrics["length"] == length
         assert metrics["cut_off"] == (0 if ended else 1)
         assert metrics["dead_groups"] == 1  # all alike: nothing to compare
-    summary = run.read_json(tmp_path / "run" / "summary.json")
+    summary = read_json(tmp_path / "run" / "summary.json")
     assert summary["after"]["cut_off"] == (0 if ended else 1)
 
 
 def test_many_steps_without_a_live_group_are_noted(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(grpo, "DEAD_STEPS", 2)
+    monkeypatch.setattr(run, "DEAD_STEPS", 2)
     with_scores(monkeypatch, lambda rows: torch.full((len(rows), 4), 0.5))
     grpo.main([*SHORT, "--out", str(tmp_path / "run")])
     assert capsys.readouterr().err.count("for 2 steps every group was dead") == 1

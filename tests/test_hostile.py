@@ -2,7 +2,8 @@
 
 * A seeded mutator damages checkpoints, tokenizers, adapters, JSONL files and run
   folders, by byte and by meaning. Each variant is loaded, or refused with a UserError;
-  any other exception, a long wait, or a gigabyte of memory is a defect.
+  any other exception, a long wait, or a gigabyte of memory is a defect. The same files
+  are loaded where nobody damaged them.
 * slow: 500 variants of each kind; `VARIANTS=2000 pytest -m slow -k thousands` for more.
 """
 
@@ -20,10 +21,12 @@ import pytest
 import torch
 
 import grpo
+import loading
 import lora
-import model as qwen
 import reward_model
-import run
+from model import Qwen
+from plumbing.files import CHECKPOINT, CHECKSUMS, UserError, read_rows
+from run import BEFORE
 
 SECONDS, GIGABYTES = 10, 1.0  # more than that is a hang, or too much
 
@@ -124,13 +127,13 @@ def change_meaning(path: Path, data: bytes, chance: random.Random) -> bytes:
 
 
 def load_checkpoint(folder: Path) -> None:
-    model, tokenizer = qwen.load(folder)
+    model, tokenizer = loading.load(folder)
     ids = tokenizer.chat("How do I mend a tap?\x00<|im_start|>")
     with torch.no_grad():
         model(torch.tensor([ids[:20]]))
 
 
-def load_adapter(folder: Path, base: qwen.Qwen) -> None:
+def load_adapter(folder: Path, base: Qwen) -> None:
     try:
         lora.load(base, "x", folder)
     finally:
@@ -138,7 +141,7 @@ def load_adapter(folder: Path, base: qwen.Qwen) -> None:
             lora.detach(base, "x")
 
 
-def load_reward_model(folder: Path, base: qwen.Qwen) -> None:
+def load_reward_model(folder: Path, base: Qwen) -> None:
     try:
         scorer = reward_model.load(base, folder, "x")
         scorer.score([1, 2, 3], [[4, 5]])
@@ -147,8 +150,8 @@ def load_reward_model(folder: Path, base: qwen.Qwen) -> None:
             lora.detach(base, "x")
 
 
-def read_labels(folder: Path, tokenizer: qwen.Tokenizer) -> None:
-    rows = run.read_rows(folder / "labels.jsonl", responses=True, labels=True)
+def read_labels(folder: Path, tokenizer: loading.Tokenizer) -> None:
+    rows = read_rows(folder / "labels.jsonl", responses=True, labels=True)
     axes = list(dict.fromkeys(axis for row in rows for axis in row["scores"]))
     reward_model.make_groups(rows, axes, tokenizer)
     reward_model.split_rows(rows, "train", 0)
@@ -163,7 +166,7 @@ def originals(tmp_path_factory, checkpoint):
     """Whole folders of each kind, their damaged files, and who loads them."""
     root, base = tmp_path_factory.mktemp("originals"), checkpoint("qwen2-tied")
     sharded = checkpoint("qwen2-untied-sharded")
-    model, tokenizer = qwen.load(base)
+    model, tokenizer = loading.load(base)
     lora.attach(model, "policy", 2, 4)
     lora.save(model, "policy", root / "adapter", str(base))
     rows = [{"prompt": f"Question {i}?", "response": word, "cut": False, "split": split,
@@ -178,7 +181,7 @@ def originals(tmp_path_factory, checkpoint):
                        "--out", str(root / "reward")])
     interrupted(root / "run", base, root)
     for folder in root.iterdir():
-        (folder / run.CHECKSUMS).unlink(missing_ok=True)  # a stranger has none
+        (folder / CHECKSUMS).unlink(missing_ok=True)  # a stranger has none
     return {
         "checkpoint": (base, ["config.json", "model.safetensors",
                               "generation_config.json"], load_checkpoint),
@@ -195,7 +198,7 @@ def originals(tmp_path_factory, checkpoint):
                          lambda folder: load_reward_model(folder, model)),
         "labels": (root / "labels", ["labels.jsonl"],
                    lambda folder: read_labels(folder, tokenizer)),
-        "run folder": (root / "run", ["config.json", run.CHECKPOINT, grpo.BEFORE,
+        "run folder": (root / "run", ["config.json", CHECKPOINT, BEFORE,
                                       "metrics.jsonl", "samples.jsonl"], resume_run)}
 
 
@@ -208,10 +211,10 @@ def interrupted(folder: Path, base: Path, root: Path) -> None:
         json.dumps({"prompt": f"Question {i}?", "split": ("train", "heldout")[i % 2]})
         + "\n" for i in range(4)))
 
-    def sample(run_, chosen, step):
+    def sample(run, chosen, step, group_size):
         if step == 3:
             raise RuntimeError("power cut")
-        return inner(run_, chosen, step)
+        return inner(run, chosen, step, group_size)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(grpo, "sample_batch", sample)
@@ -260,7 +263,7 @@ def try_variants(kind: tuple, count: int, folder: Path, seed: int = 0) -> dict:
             try:
                 load(folder)
                 report["accepted"] += 1
-            except run.UserError as error:
+            except UserError as error:
                 report["refused"] += 1
                 if len(str(error)) > 2000:
                     report["crashed"].append(f"variant {number}: a page of error")
@@ -279,6 +282,12 @@ def try_variants(kind: tuple, count: int, folder: Path, seed: int = 0) -> dict:
 
 KINDS = ["checkpoint", "sharded checkpoint", "tokenizer", "adapter", "reward model",
          "labels", "run folder"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_nobody_damaged_is_loaded(kind, originals, tmp_path):
+    original, _, load = originals[kind]
+    load(shutil.copytree(original, tmp_path / "x"))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -4,6 +4,8 @@
   temperature and the limit of the vocabulary; and `naive` is torch.distributions.
 * In bf16 the gradient of a confident token is as exact as that of `naive`.
 * Entropy and KL are exact, and asking for them changes nothing else.
+* Statistics of padded rows are those of each row alone; padding is 0, gets no gradient
+  and may hold anything.
 * The head is frozen: it gets no gradient, and asking for one is refused.
 * No more than a block of logits exists at a time, and none is kept for `backward`.
 * Triton is taken on a GPU that it serves; everything works where it is not installed.
@@ -22,7 +24,14 @@ from torch.distributions import Categorical, kl_divergence
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import logprob
-from logprob import naive, token_logprobs, token_statistics
+from logprob import (
+    by_row,
+    naive,
+    row_logprobs,
+    row_statistics,
+    token_logprobs,
+    token_statistics,
+)
 
 N, D, V = 10, 6, 23
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5}
@@ -46,9 +55,10 @@ def with_gradient(function, hidden: Tensor, *rest, **options) -> tuple[Tensor, T
     return values.detach(), hidden.grad
 
 
-def error(found: Tensor, wanted: Tensor) -> float:
+def error(values: Tensor, wanted: Tensor) -> float:
     """Distance relative to the norm of what is wanted."""
-    return float((found.double() - wanted.double()).norm() / wanted.double().norm())
+    values, wanted = values.detach().double(), wanted.detach().double()
+    return float((values - wanted).norm() / wanted.norm())
 
 
 @pytest.fixture(params=[(1, 1024), (3 * V, 10), (5 * V, 4), (7 * V, 1024),
@@ -231,6 +241,82 @@ def test_no_more_than_a_block_of_logits_exists(block):
     with Largest() as reference:
         naive(hidden, unembed, targets)
     assert reference.numbers == rows * V  # the counter does see logits
+
+
+def padded_rows(dtype=torch.float64):
+    """Hidden states and reference states (n, C, D), tokens and mask (n, C), a head.
+
+    Where the mask is False stands what must not be looked at: NaN, and ids that no head
+    has.
+    """
+    lengths = torch.tensor([3, 1, 5, 2])
+    mask = torch.arange(5) < lengths[:, None]  # (n, C)
+    generator = torch.Generator().manual_seed(2)
+    hidden, other = torch.randn(2, 4, 5, D, generator=generator, dtype=torch.float64)
+    hidden[~mask] = other[~mask] = float("nan")
+    tokens = torch.randint(V - 5, (4, 5), generator=generator)
+    tokens[~mask] = 10 ** 6
+    unembed = torch.randn(V, D, generator=generator, dtype=torch.float64)
+    return hidden.to(dtype), other.to(dtype), tokens, mask, unembed.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_statistics_of_padded_rows_are_those_of_each_row_alone(dtype):
+    hidden, other, tokens, mask, unembed = padded_rows(dtype)
+    hidden.requires_grad_()
+    weights = torch.linspace(-1, 2, mask.numel(), dtype=dtype).view(mask.shape)
+    stats = row_statistics(hidden, unembed, tokens, mask, 0.7, V - 5, other[mask])
+    (stats.logp * weights).sum().backward()
+    assert [stats.entropy.requires_grad, stats.kl.requires_grad,
+            stats.logp_ref.requires_grad] == [False] * 3
+    lengths, columns = mask.sum(1).tolist(), []
+    for row, n in enumerate(lengths):
+        alone = hidden.detach()[row, :n].clone().requires_grad_()
+        logp, *figures = token_statistics(alone, unembed, tokens[row, :n], 0.7, V - 5,
+                                          entropy=True, reference=other[row, :n])
+        (logp * weights[row, :n]).sum().backward()
+        assert error(stats.logp[row, :n], logp) < TOLERANCE[dtype]
+        assert error(stats.logp_ref[row, :n], figures[2]) < TOLERANCE[dtype]
+        assert error(hidden.grad[row, :n], alone.grad) < TOLERANCE[dtype]
+        columns.append(figures[:2])
+    # Entropy and KL lie flat, row after row, as the tokens of the mask do.
+    for flat, column in zip((stats.entropy, stats.kl), zip(*columns, strict=True),
+                            strict=True):
+        assert error(flat, torch.cat(column)) < TOLERANCE[dtype]
+    for table in (stats.logp, stats.logp_ref, hidden.grad):
+        assert not table[~mask].any()
+
+
+def test_without_a_reference_rows_have_no_kl_and_the_same_log_probs():
+    hidden, other, tokens, mask, unembed = padded_rows()
+    data = hidden, unembed, tokens, mask, 0.7, V - 5
+    stats = row_statistics(*data)
+    assert (stats.kl, stats.logp_ref) == (None, None)
+    assert torch.equal(stats.logp, row_statistics(*data, other[mask]).logp)
+    assert torch.equal(stats.logp, row_logprobs(*data))
+
+
+def test_log_probs_of_padded_rows_are_naive_with_its_gradient():
+    hidden, _, tokens, mask, unembed = padded_rows()
+
+    def row_by_row(h: Tensor, *_) -> Tensor:
+        rows = [naive(h[i, :n], unembed, tokens[i, :n], 0.7, V - 5)
+                for i, n in enumerate(mask.sum(1).tolist())]
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).flatten()
+
+    wanted = with_gradient(row_by_row, hidden)
+    rows = with_gradient(lambda h: row_logprobs(
+        h, unembed, tokens, mask, 0.7, V - 5).flatten(), hidden)
+    assert error(rows[0], wanted[0]) < 1e-12
+    assert error(rows[1][mask], wanted[1][mask]) < 1e-12
+    assert not rows[1][~mask].any()
+
+
+def test_values_stand_where_the_mask_is_true():
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    table = by_row(torch.tensor([1.5, 2.5, 3.5]), mask)
+    assert table.tolist() == [[1.5, 2.5, 0], [3.5, 0, 0]]
+    assert by_row(torch.zeros(0), torch.zeros(2, 0, dtype=torch.bool)).shape == (2, 0)
 
 
 def test_fp32_figures_over_a_wide_vocabulary():

@@ -16,22 +16,22 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from conftest import VARIANTS
+from conftest import every_variant
 from torch import Tensor
 
+import loading
 import lora
-import model as qwen
-from run import UserError, write_checksums
+from model import Qwen
+from plumbing.files import UserError, write_checksums
 
-every_variant = pytest.mark.parametrize("variant", VARIANTS)
 TOKENS = torch.randint(448, (2, 20), generator=torch.Generator().manual_seed(0))
 
 
-def load(folder: Path, dtype: torch.dtype = torch.float32) -> qwen.Qwen:
-    return qwen.load(folder, dtype=dtype)[0]
+def load(folder: Path, dtype: torch.dtype = torch.float32) -> Qwen:
+    return loading.load(folder, dtype=dtype)[0]
 
 
-def loud(model: qwen.Qwen, name: str, rank: int = 3, alpha: float = 7, seed: int = 1):
+def loud(model: Qwen, name: str, rank: int = 3, alpha: float = 7, seed: int = 1):
     """Attach an adapter that says something: B ≠ 0, and α / r no round number."""
     lora.attach(model, name, rank, alpha, seed)
     generator = torch.Generator().manual_seed(seed)
@@ -41,12 +41,12 @@ def loud(model: qwen.Qwen, name: str, rank: int = 3, alpha: float = 7, seed: int
 
 
 @torch.no_grad()
-def logits(model: qwen.Qwen, name: str | None = None) -> Tensor:
+def logits(model: Qwen, name: str | None = None) -> Tensor:
     with lora.using(model, name):
         return model.logits(model(TOKENS))
 
 
-def tensors_of(model: qwen.Qwen, name: str) -> list[Tensor]:
+def tensors_of(model: Qwen, name: str) -> list[Tensor]:
     return [p.detach().clone() for p in lora.parameters(model, name)]
 
 
@@ -196,7 +196,7 @@ def test_training_moves_the_trained_adapter_and_nothing_else(checkpoint):
     asked = {id(p) for p in model.parameters() if p.requires_grad}
     assert asked == {id(p) for name in ("policy", "reward")
                      for p in lora.parameters(model, name)}
-    base = {n: p.clone() for n, p in qwen.base_parameters(model).items()}
+    base = {n: p.clone() for n, p in loading.base_parameters(model).items()}
     policy, reward = tensors_of(model, "policy"), tensors_of(model, "reward")
     # The optimiser is given everything: who does not ask for a gradient stays put.
     optimiser = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0)
@@ -205,7 +205,7 @@ def test_training_moves_the_trained_adapter_and_nothing_else(checkpoint):
         with lora.using(model, "policy"):
             model.logits(model(TOKENS)).square().mean().backward()
         optimiser.step()
-    after = qwen.base_parameters(model)
+    after = loading.base_parameters(model)
     assert after.keys() == base.keys()
     assert all(torch.equal(after[n], base[n]) for n in base)
     assert same(tensors_of(model, "reward"), reward)
@@ -404,7 +404,7 @@ def test_a_bad_adapter_is_refused_by_name_and_leaves_nothing(checkpoint, saved, 
     assert same(tensors_of(model, "policy"), good)
 
 
-def assert_bare(model: qwen.Qwen, base: Tensor) -> None:
+def assert_bare(model: Qwen, base: Tensor) -> None:
     assert not getattr(model, "adapters", {})
     assert not [n for n, _ in model.named_parameters() if ".lora_" in n]
     assert torch.equal(logits(model), base)
@@ -446,7 +446,7 @@ def test_merged_weights_give_the_adapters_answers_and_change_nothing(
     weights = lora.merged(model, "policy")
     assert torch.equal(logits(model, "policy"), want)
     assert torch.equal(logits(model), base)
-    assert qwen.fingerprint(model) == qwen.fingerprint(plain)
+    assert loading.fingerprint(model) == loading.fingerprint(plain)
     assert plain.load_state_dict(weights)
     assert (logits(plain) - want).abs().max() < 1e-5
     assert (want - base).abs().max() > 0.1

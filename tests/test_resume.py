@@ -1,15 +1,19 @@
-"""A run that was interrupted goes on as if nothing had happened.
+"""A run that was interrupted goes on as if nothing had happened, by every method.
 
 * After an interruption at any step, adapter, metrics, samples and summary are those of
-  the undisturbed run, to the byte (seconds and memory aside).
-* Ctrl-C and SIGTERM finish the step, save, and say how to go on; a second one insists.
+  the undisturbed run, to the byte (seconds and memory aside): for GRPO and PPO, and for
+  DPO and SFT, both while they sample and while they learn.
+* What the second half needs comes from the folder; no step is made twice.
+* Ctrl-C and SIGTERM finish the step, save, and say how to go on.
 * Other settings, another input or a broken checkpoint are refused by name.
 * Two processes never write one folder.
 * The reward model's training goes on when its command is given again.
-* slow: SIGKILL at random moments, 5 of them; `KILLS=50 pytest -m slow -k killed` for
-  more.
+* slow: SIGKILL at random moments, 5 of them, of GRPO and of PPO; `KILLS=50 pytest -m
+  slow -k killed` for more.
 """
 
+import contextlib
+import importlib
 import json
 import os
 import random
@@ -21,24 +25,49 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 import grpo
 import reward_model
 import run
-from model import TINY
+from loading import TINY
+from methods.__main__ import run_method
+from plumbing.files import (
+    CHECKPOINT,
+    CHECKSUMS,
+    UserError,
+    only_writer,
+    read_json,
+    verify_checksums,
+    write_json,
+)
 
 ROOT = Path(__file__).parent.parent
 SHORT = ["--steps", "4", "--prompts-per-step", "2", "--group-size", "4",
          "--max-new-tokens", "16", "--eval-prompts", "4", "--device", "cpu",
          "--save-every", "2"]
+# Of each method: its own options, and how many steps it then writes. The four learning
+# steps of DPO and SFT follow upon four that only sample.
+OPTIONS = {"grpo": [], "ppo": [], "dpo": ["--epochs", "1"], "sft": ["--epochs", "1"]}
+STEPS = {"grpo": 4, "ppo": 4, "dpo": 8, "sft": 8}
+
+
+def align(method: str, *words: str) -> None:
+    """`python grpo.py` or `python -m methods METHOD`, in this process."""
+    if method == "grpo":
+        grpo.main([*words])
+    else:
+        run_method(method, [*words])
+
+
+def start(method: str, folder: Path) -> None:
+    align(method, *SHORT, *OPTIONS[method], "--out", str(folder))
 
 
 def outcome(folder: Path) -> dict:
     """All that a run leaves, without seconds and memory."""
     metrics = [json.loads(line)
                for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    summary = run.read_json(folder / "summary.json")
+    summary = read_json(folder / "summary.json")
     return {
         "files": sorted(str(p.relative_to(folder)) for p in folder.rglob("*")),
         "adapter": (folder / "adapter" / "adapter_model.safetensors").read_bytes(),
@@ -51,192 +80,215 @@ def outcome(folder: Path) -> dict:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs") / "whole"
-    grpo.main([*SHORT, "--out", str(folder)])
-    return outcome(folder)
+    """`undisturbed(method)`: the outcome of a run; ask before anything is patched."""
+    root, outcomes = tmp_path_factory.mktemp("whole"), {}
+
+    def outcome_of(method: str) -> dict:
+        if method not in outcomes:
+            start(method, root / method)
+            outcomes[method] = outcome(root / method)
+            assert len(outcomes[method]["metrics"]) == STEPS[method]
+        return outcomes[method]
+
+    return outcome_of
 
 
-@pytest.fixture
-def interrupted(tmp_path, monkeypatch):
-    """A folder whose run broke off while step 4 was being made; 2 was saved."""
-    return broken_off(tmp_path / "run", monkeypatch, 4)
+@contextlib.contextmanager
+def in_the_middle_of(step: int, act):
+    """Call `act` while that step of the training is being made."""
+    calls, inner = [], grpo.set_rates
+
+    def set_rates(*arguments):  # once a step, by every method
+        calls.append(1)
+        if len(calls) == step:
+            act()
+        inner(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grpo, "set_rates", set_rates)
+        yield
 
 
-def broken_off(folder: Path, monkeypatch, at: int) -> Path:
-    inner = grpo.sample_batch
+def cut_the_power(*_: object) -> None:
+    raise RuntimeError("power cut")
 
-    def sample(run_, prompts, step):
-        if step == at:
-            raise RuntimeError("power cut")
-        return inner(run_, prompts, step)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(grpo, "sample_batch", sample)
-        with pytest.raises(RuntimeError, match="power cut"):
-            grpo.main([*SHORT, "--out", str(folder)])
+def broken_off(method: str, folder: Path, at: int) -> Path:
+    """The folder of a run that broke off while step `at` was being made."""
+    with in_the_middle_of(at, cut_the_power), \
+            pytest.raises(RuntimeError, match="power cut"):
+        start(method, folder)
     return folder
 
 
-@pytest.mark.parametrize("at", [1, 2, 3, 4])
-def test_an_interrupted_run_ends_as_the_undisturbed_one(at, tmp_path, monkeypatch,
-                                                       undisturbed):
-    folder = broken_off(tmp_path / "run", monkeypatch, at)
-    monkeypatch.setattr(  # what the second half needs must come from the folder
-        grpo, "answers_before", only_reading(grpo.answers_before))
-    grpo.main(["--resume", str(folder)])
-    assert outcome(folder) == undisturbed
-    run.verify_checksums(folder)
+@pytest.fixture(scope="module")
+def broken_runs(tmp_path_factory):
+    """`broken_runs(method)`: a folder to copy."""
+    root = tmp_path_factory.mktemp("broken")
+
+    def folder_of(method: str) -> Path:
+        folder = root / method
+        return folder if folder.exists() else broken_off(method, folder, 4)
+
+    return folder_of
+
+
+@pytest.fixture
+def interrupted(broken_runs, tmp_path):
+    """A folder whose run broke off while step 4 was being made; 2 was saved."""
+    return shutil.copytree(broken_runs("grpo"), tmp_path / "run")
+
+
+# ------------------------------------------------------------------ to the same bytes
 
 
 def only_reading(answers_before):
     def checked(run_, held_out):
-        assert (run_.folder / grpo.BEFORE).is_file()
+        assert (run_.folder / run.BEFORE).is_file()
         return answers_before(run_, held_out)
 
     return checked
 
 
-def test_an_interruption_of_the_last_evaluation_costs_no_step(tmp_path, monkeypatch,
-                                                             undisturbed):
-    folder, inner = tmp_path / "run", grpo.evaluate
+# A program runs twice for each of these; the other steps are slow tests.
+OFTEN = {"grpo": (1, 2, 3, 4), "ppo": (3,), "dpo": (3,), "sft": ()}
 
-    def evaluate(run_, prompts, title):
-        if title == "after":
-            raise RuntimeError("power cut")
-        return inner(run_, prompts, title)
 
+@pytest.mark.parametrize(("method", "at"), [
+    pytest.param(method, at, marks=[] if at in OFTEN[method] else pytest.mark.slow)
+    for method, steps in STEPS.items() for at in range(1, steps + 1)])
+def test_an_interrupted_run_ends_as_the_undisturbed_one(method, at, tmp_path,
+                                                       monkeypatch, undisturbed):
+    folder, wanted = tmp_path / "run", undisturbed(method)
+    broken_off(method, folder, at)
+    monkeypatch.setattr(  # what the second half needs must come from the folder
+        grpo, "answers_before", only_reading(grpo.answers_before))
+    align(method, "--resume", str(folder))
+    assert outcome(folder) == wanted
+    verify_checksums(folder)
+
+
+@pytest.mark.parametrize("method", ["dpo", "sft"])
+def test_whoever_learns_from_collected_answers_samples_nothing_twice(
+        method, tmp_path, monkeypatch, undisturbed):
+    folder, wanted = tmp_path / "run", undisturbed(method)
+    broken_off(method, folder, 7)
+    monkeypatch.setattr(grpo, "sample_batch", None)
+    module, batches = importlib.import_module(f"methods.{method}"), []
+    inner = module.learn
+    monkeypatch.setattr(module, "learn", lambda run_, examples: (
+        batches.append(1) or inner(run_, examples)))
+    align(method, "--resume", str(folder))
+    assert len(batches) == 2  # of four: the checkpoint is of step 6
+    assert outcome(folder) == wanted
+
+
+@pytest.mark.parametrize("method", [
+    "grpo", "dpo", *(pytest.param(m, marks=pytest.mark.slow) for m in ("ppo", "sft"))])
+def test_an_interruption_of_the_last_evaluation_costs_no_step(method, tmp_path,
+                                                             monkeypatch, undisturbed):
+    folder, wanted = tmp_path / "run", undisturbed(method)
     with monkeypatch.context() as patch:
-        patch.setattr(grpo, "evaluate", evaluate)
+        patch.setattr(grpo, "evaluate", cut_the_power)  # that of after
         with pytest.raises(RuntimeError, match="power cut"):
-            grpo.main([*SHORT, "--out", str(folder)])
-    monkeypatch.setattr(grpo, "train_step", None)
-    grpo.main(["--resume", str(folder)])
-    assert outcome(folder) == undisturbed
+            start(method, folder)
+    monkeypatch.setattr(grpo, "set_rates", None)
+    align(method, "--resume", str(folder))
+    assert outcome(folder) == wanted
 
 
-def test_a_signal_finishes_the_step_and_says_how_to_go_on(tmp_path, monkeypatch, capsys,
-                                                         undisturbed):
-    folder, inner = tmp_path / "run", grpo.score_batch
-
-    def score(run_, prompts, sampled):
-        if run_.settings.group_size > 1 and not (folder / "seen").exists():
-            (folder / "seen").touch()
-            signal.raise_signal(signal.SIGTERM)
-        return inner(run_, prompts, sampled)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(grpo, "score_batch", score)
-        with pytest.raises(SystemExit) as end:
-            grpo.main([*SHORT, "--out", str(folder)])
-    (folder / "seen").unlink()
+@pytest.mark.parametrize(("method", "at", "number"), [
+    ("grpo", 1, signal.SIGTERM), ("grpo", 4, signal.SIGINT), ("ppo", 1, signal.SIGTERM),
+    ("dpo", 4, signal.SIGTERM), ("sft", 5, signal.SIGINT)])
+def test_a_signal_finishes_the_step_and_says_how_to_go_on(
+        method, at, number, tmp_path, capsys, undisturbed):
+    folder, wanted = tmp_path / "run", undisturbed(method)
+    with in_the_middle_of(at, lambda: signal.raise_signal(number)), \
+            pytest.raises(SystemExit) as end:
+        start(method, folder)
     assert end.value.code == 130
-    assert f"python grpo.py --resume {folder}" in capsys.readouterr().err
-    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 1
-    grpo.main(["--resume", str(folder)])
-    assert outcome(folder) == undisturbed
-
-
-def test_a_second_signal_stops_at_once():
-    before = signal.getsignal(signal.SIGINT)
-    with run.Stop() as stop:
-        signal.raise_signal(signal.SIGINT)
-        assert stop.asked
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is before
-
-
-@pytest.mark.parametrize(("options", "named"), [
-    (["--lr", "0.5"], "--lr"), (["--seed", "0", "--group-size", "2"], "--group-size"),
-    (["--weights", "safety=2"], "--weights")], ids=" ".join)
-def test_other_settings_are_refused_by_name(options, named, interrupted):
-    with pytest.raises(run.UserError, match=f"was made with {named} "):
-        grpo.main(["--resume", str(interrupted), *options])
+    program = "grpo.py" if method == "grpo" else f"-m methods {method}"
+    assert f"python {program} --resume {folder}\n" in capsys.readouterr().err
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == at
+    align(method, "--resume", str(folder))
+    assert outcome(folder) == wanted
 
 
 def test_the_same_settings_may_be_repeated(interrupted, undisturbed):
+    wanted = undisturbed("grpo")
     grpo.main([*SHORT, "--resume", str(interrupted)])
-    assert outcome(interrupted) == undisturbed
+    assert outcome(interrupted) == wanted
+
+
+# -------------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(("method", "options", "named"), [
+    ("grpo", ["--lr", "0.5"], "--lr"),
+    ("grpo", ["--seed", "0", "--group-size", "2"], "--group-size"),
+    ("grpo", ["--weights", "safety=2"], "--weights"),
+    ("ppo", ["--lam", "0.5"], "--lam"), ("dpo", ["--epochs", "2"], "--epochs")])
+def test_other_settings_are_refused_by_name(method, options, named, broken_runs):
+    with pytest.raises(UserError, match=f"was made with {named} "):
+        align(method, "--resume", str(broken_runs(method)), *options)
 
 
 def test_another_input_is_refused_by_name(interrupted, monkeypatch):
-    inputs = run.read_json(interrupted / "config.json")["inputs"]
+    inputs = read_json(interrupted / "config.json")["inputs"]
     assert inputs.keys() == {"base", "prompts", "reward model"}
     for name in inputs:
-        monkeypatch.setattr(grpo, "identify",
+        monkeypatch.setattr(run, "identify",
                             lambda *_, name=name: inputs | {name: "0" * 64})
-        with pytest.raises(run.UserError, match=f"made with another {name};"):
+        with pytest.raises(UserError, match=f"made with another {name};"):
             grpo.main(["--resume", str(interrupted)])
 
 
 def test_changed_settings_are_refused(interrupted):
-    config = run.read_json(interrupted / "config.json")
-    run.write_json(interrupted / "config.json", config | {"lr": 0.5})
-    with pytest.raises(run.UserError, match="has changed since"):
+    config = read_json(interrupted / "config.json")
+    write_json(interrupted / "config.json", config | {"lr": 0.5})
+    with pytest.raises(UserError, match="has changed since"):
         grpo.main(["--resume", str(interrupted)])
 
 
-@pytest.mark.parametrize("name", grpo.LINES)
+@pytest.mark.parametrize("name", run.LINES)
 def test_changed_lines_are_refused(name, interrupted):
     text = (interrupted / name).read_text()
     (interrupted / name).write_text(text.replace("0.", "1.", 1))
-    with pytest.raises(run.UserError, match=f"{name} has changed since"):
+    with pytest.raises(UserError, match=f"{name} has changed since"):
         grpo.main(["--resume", str(interrupted)])
 
 
 def test_a_broken_checkpoint_is_refused(interrupted):
-    path = interrupted / run.CHECKPOINT
+    path = interrupted / CHECKPOINT
     whole = path.read_bytes()
     for broken in (whole[:-1], whole[:100], b"", b"x" * 1000):
         path.write_bytes(broken)
-        with pytest.raises(run.UserError, match="not a checkpoint of this run"):
+        with pytest.raises(UserError, match="not a checkpoint of this run"):
             grpo.main(["--resume", str(interrupted)])
 
 
 def test_a_folder_without_a_run_or_with_a_finished_one_is_refused(tmp_path,
                                                                  interrupted):
-    with pytest.raises(run.UserError, match="holds no run to resume"):
+    with pytest.raises(UserError, match="holds no run to resume"):
         grpo.main(["--resume", str(tmp_path / "none")])
     grpo.main(["--resume", str(interrupted)])
-    with pytest.raises(run.UserError, match="finished already"):
+    with pytest.raises(UserError, match="finished already"):
         grpo.main(["--resume", str(interrupted)])
 
 
-def test_two_processes_do_not_write_one_folder(tmp_path):
-    with run.only_writer(tmp_path / "run"):
-        with pytest.raises(run.UserError, match="another process is writing"):
-            with run.only_writer(tmp_path / "run"):
-                pass
-        assert (tmp_path / "run").is_dir()  # the one that was refused left it alone
-    assert not (tmp_path / "run").exists()  # and an empty one is not left behind
-    with run.only_writer(tmp_path / "run"):
-        (tmp_path / "run" / "x").touch()
-    assert (tmp_path / "run" / "x").exists()
+def test_two_processes_do_not_write_one_folder(tmp_path, interrupted, monkeypatch):
+    monkeypatch.setattr(run, "load", None)  # the second is refused before it loads
+    for words in ([*SHORT, "--out", str(tmp_path / "new")],
+                  ["--resume", str(interrupted)]):
+        files = outcome_files(Path(words[-1]))
+        with only_writer(Path(words[-1])), \
+                pytest.raises(UserError, match="another process is writing"):
+            grpo.main(words)
+        assert outcome_files(Path(words[-1])) == files
 
 
-def test_a_checkpoint_brings_back_parameters_and_moments(tmp_path):
-    def training():
-        torch.manual_seed(0)
-        weights = [torch.randn(3, 2, requires_grad=True),
-                   torch.randn(4, requires_grad=True)]
-        return weights, torch.optim.AdamW(weights, lr=0.1)
-
-    def steps(weights, optimizer, count, first):
-        for i in range(first, first + count):
-            optimizer.zero_grad()
-            sum(((i + 1) * w).square().sum() for w in weights).backward()
-            optimizer.step()
-
-    whole, optimizer = training()
-    steps(whole, optimizer, 5, 0)
-    half, optimizer = training()
-    steps(half, optimizer, 2, 0)
-    run.save_checkpoint(tmp_path / "x", half, optimizer, {"step": 2})
-    other, optimizer = training()
-    assert run.load_checkpoint(tmp_path / "x", other, optimizer) == {"step": 2}
-    steps(other, optimizer, 3, 2)
-    for a, b in zip(whole, other, strict=True):
-        assert torch.equal(a, b)
+def outcome_files(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in folder.glob("*") if p.is_file()}
 
 
 # ---------------------------------------------------------------- the reward model
@@ -278,28 +330,30 @@ def test_the_reward_models_training_goes_on(at, few_labels, tmp_path, monkeypatc
         with pytest.raises(RuntimeError, match="power cut"):
             reward_model.main([*options, "--out", str(tmp_path / "broken")])
     monkeypatch.setattr(reward_model, "fit_head", None)  # it was done already
-    with pytest.raises(run.UserError, match="another lr"):
+    with pytest.raises(UserError, match="another lr"):
         reward_model.main([*options, "--lr", "1", "--out", str(tmp_path / "broken")])
     reward_model.main([*options, "--out", str(tmp_path / "broken")])
     for name in ("adapter_model.safetensors", "head.safetensors"):
         assert ((tmp_path / "broken" / name).read_bytes()
                 == (tmp_path / "whole" / name).read_bytes())
-    reports = [run.read_json(tmp_path / side / "reward.json")["report"]
+    reports = [read_json(tmp_path / side / "reward.json")["report"]
                for side in ("whole", "broken")]
     for report in reports:
         del report["seconds"], report["peak_rss_gb"]
     assert reports[0] == reports[1]
-    assert not (tmp_path / "broken" / run.CHECKPOINT).exists()
+    assert not (tmp_path / "broken" / CHECKPOINT).exists()
 
 
 # ------------------------------------------------------------------------- SIGKILL
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_at_random_moments_ends_the_same(tmp_path):
-    def start(*options: str) -> subprocess.Popen:
+@pytest.mark.parametrize("program", [["grpo.py"], ["-m", "methods", "ppo"]],
+                         ids=["grpo", "ppo"])
+def test_a_run_that_is_killed_at_random_moments_ends_the_same(program, tmp_path):
+    def launch(*options: str) -> subprocess.Popen:
         return subprocess.Popen(
-            [sys.executable, str(ROOT / "grpo.py"), *options], cwd=ROOT,
+            [sys.executable, *program, *options], cwd=ROOT,
             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
     def begun(process: subprocess.Popen, folder: Path) -> float:
@@ -308,29 +362,32 @@ def test_a_run_that_is_killed_at_random_moments_ends_the_same(tmp_path):
         return time.monotonic()
 
     words = [*SHORT, "--steps", "12", "--save-every", "1"]
-    process = start(*words, "--out", str(tmp_path / "whole"))
+    process = launch(*words, "--out", str(tmp_path / "whole"))
     started = begun(process, tmp_path / "whole")
-    assert process.wait() == 0
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
     length, wanted = time.monotonic() - started, outcome(tmp_path / "whole")
     moments, kinds = random.Random(0), {"config": 0, "checkpoint": 0, "finished": 0}
     for number in range(int(os.environ.get("KILLS", "5"))):
         folder = tmp_path / str(number)
-        process = start(*words, "--out", str(folder))
+        process = launch(*words, "--out", str(folder))
         begun(process, folder)
         time.sleep(moments.random() * length)
         process.kill()
-        process.wait()
-        if (folder / run.CHECKSUMS).exists():
+        process.communicate()
+        if (folder / CHECKSUMS).exists():
             kinds["finished"] += 1
-            assert start("--resume", str(folder)).wait() == 2  # sweeps up, if need be
+            # This sweeps up, if need be.
+            assert launch("--resume", str(folder)).wait() == 2
         elif (folder / "config.json").is_file():
-            kinds["checkpoint" if (folder / run.CHECKPOINT).exists() else "config"] += 1
-            process = start("--resume", str(folder))
+            kinds["checkpoint" if (folder / CHECKPOINT).exists() else "config"] += 1
+            process = launch("--resume", str(folder))
             _, errors = process.communicate()
             assert process.returncode == 0, errors
         else:  # killed before it had begun
-            process = start(*words, "--out", str(folder))
-            assert process.wait() == 0
+            process = launch(*words, "--out", str(folder))
+            _, errors = process.communicate()
+            assert process.returncode == 0, errors
         left = outcome(folder)
         left["files"] = [f for f in left["files"] if not Path(f).name.startswith(".")]
         assert left == wanted, number

@@ -1,16 +1,16 @@
 """Claims about reward_model.py.
 
 * [E1] The loss is the mean cross-entropy over labelled axes alone; its gradient is that
-  of a naive reference with repeated prompts, however the rows are grouped; a group's
-  two parts need the least padding.
+  of a naive reference with repeated prompts, however the rows are grouped.
 * A row's score is its own: neither its neighbours nor its padding enter, and the head
   reads the lower layers' output over the response, at its last token and on average.
 * The head starts at the ridge regression on the base's features.
 * What is saved loads with identical scores; altered, foreign and broken files do not.
-* Correlations, error and calibration are what their definitions say.
+* Error and calibration are what their definitions say.
 * Test prompts never leak into training; only a cut-off row lacks its end token.
 * Training fits a small separable task and leaves the base as it was.
-* The command line trains, scores a file, and refuses a bad row by file and line.
+* The command line trains, scores a file, and refuses a bad row by file and line, and a
+  setting by name; defaults depend on the model.
 """
 
 import json
@@ -21,14 +21,15 @@ import pytest
 import safetensors.torch
 import torch
 
+import loading
 import lora
-import model as qwen
 import reward_model
+from model import Config, Qwen
+from plumbing.files import UserError, write_checksums
 from reward_model import Group, RewardModel
-from run import UserError, write_checksums
 
 AXES = ["politeness", "safety", "actionability"]
-CONFIG = qwen.Config(
+CONFIG = Config(
     model_type="qwen2", vocab_size=24, hidden_size=16, intermediate_size=24,
     num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1, head_dim=8,
     max_position_embeddings=64, rms_norm_eps=1e-6, rope_theta=1e4,
@@ -37,10 +38,10 @@ NAN = math.nan
 DEPTH = 2  # of three layers
 
 
-def tiny_base(seed: int = 0) -> qwen.Qwen:
+def tiny_base(seed: int = 0) -> Qwen:
     """Random float64 weights, wide enough that every path carries signal."""
     generator = torch.Generator().manual_seed(seed)
-    base = qwen.Qwen(CONFIG).double()
+    base = Qwen(CONFIG).double()
     with torch.no_grad():
         for name, weight in sorted(base.named_parameters()):
             noise = torch.randn(weight.shape, generator=generator, dtype=weight.dtype)
@@ -145,8 +146,8 @@ def test_gradient_equals_the_naive_reference_however_rows_are_grouped():
         with lora.using(scorer.model, "reward"):
             assert reward_model.train_step(scorer, batch) == pytest.approx(
                 loss.item(), rel=1e-12)
-        found = flat(p.grad for p in scorer.parameters())
-        assert (found - wanted).norm() < 1e-12 * wanted.norm()
+        gradient = flat(p.grad for p in scorer.parameters())
+        assert (gradient - wanted).norm() < 1e-12 * wanted.norm()
         for p in scorer.parameters():
             p.grad = None
 
@@ -235,10 +236,10 @@ def test_the_head_starts_at_the_ridge_regression_on_the_bases_features():
         assert scorer.head.weight[k].tolist() == pytest.approx(w / slope, abs=1e-9)
         assert scorer.head.bias[k].sigmoid().item() == pytest.approx(y.mean())
     for group in GROUPS:
-        for response, found in zip(group.responses, scorer.score(
+        for response, score in zip(group.responses, scorer.score(
                 group.prompt, group.responses), strict=True):
             naive = naive_score(scorer, group.prompt, response)
-            assert (found - naive).abs().max() < 1e-12
+            assert (score - naive).abs().max() < 1e-12
 
 
 # ------------------------------------------------------------------------- the files
@@ -323,56 +324,6 @@ def test_another_base_is_refused(saved):
 
 
 # --------------------------------------------------------------------- the judgement
-
-
-def definition_of_ranks(values) -> list[float]:
-    """How many are smaller, and half of the others that are equal."""
-    return [sum(v < x for v in values) + (sum(v == x for v in values) - 1) / 2
-            for x in values]
-
-
-def test_ranks_share_the_mean_where_values_tie():
-    values = np.array([0.3, 0.1, 0.3, 0.9, 0.1, 0.3, -2.0])
-    assert reward_model.ranks(values).tolist() == definition_of_ranks(values)
-    # Known from scipy.stats.rankdata, less 1.
-    assert reward_model.ranks(np.array([0, 2, 3, 2])).tolist() == [0, 1.5, 3, 1.5]
-
-
-def test_pearson_and_spearman_equal_numpy_on_values_and_on_ranks():
-    random = np.random.default_rng(0)
-    a = random.normal(size=50).round(1)  # rounded, so that there are ties
-    b = (a ** 3 + random.normal(size=50)).round(1)
-    assert len(set(a)) < 45
-    assert reward_model.pearson(a, b) == pytest.approx(np.corrcoef(a, b)[0, 1])
-    on_ranks = np.corrcoef(definition_of_ranks(a), definition_of_ranks(b))[0, 1]
-    assert reward_model.spearman(a, b) == pytest.approx(on_ranks)
-    assert reward_model.spearman(a, a ** 3) == pytest.approx(1)
-    assert reward_model.spearman(a, -a) == pytest.approx(-1)
-
-
-def test_the_interval_is_the_textbooks_and_counts_prompts_not_rows():
-    random = np.random.default_rng(3)
-    labels = random.normal(size=150)
-    predicted = labels + random.normal(size=150)
-    alone = np.arange(150)
-    low, high = reward_model.bootstrap(predicted, labels, alone)
-    middle = np.arctanh(reward_model.spearman(predicted, labels))
-    # Fisher's z; 1.06 is the usual correction for ranks.
-    wide = 1.96 * np.sqrt(1.06 / (150 - 3))
-    assert low == pytest.approx(np.tanh(middle - wide), abs=0.03)
-    assert high == pytest.approx(np.tanh(middle + wide), abs=0.03)
-    four = [np.repeat(x, 4) for x in (predicted, labels, alone)]  # nothing was learnt
-    assert reward_model.bootstrap(*four) == pytest.approx([low, high], abs=0.01)
-
-
-def test_a_constant_prediction_correlates_with_nothing():
-    labels = np.array([0.1, 0.5, 0.9, 0.2, 0.3, 0.8])
-    rounding = np.full(6, 0.1)
-    assert (rounding != rounding.mean()).all()  # noise that must not pass for a signal
-    for constant in (np.full(6, 0.5), rounding):
-        for figure in (reward_model.pearson, reward_model.spearman):
-            assert figure(constant, labels) == 0.0
-            assert figure(labels, constant) == 0.0
 
 
 class Oracle:
@@ -490,7 +441,7 @@ def test_training_fits_a_separable_task_and_leaves_the_base_alone():
     scorer = untrained(["five", "ended"], rank=4)
     base = scorer.model
     torch.nn.init.zeros_(scorer.head.bias)
-    before = {name: w.clone() for name, w in qwen.base_parameters(base).items()}
+    before = {name: w.clone() for name, w in loading.base_parameters(base).items()}
     settings = reward_model.Settings(epochs=8, prompts_per_step=8, lr=3e-2)
     losses, tried = reward_model.train(
         scorer, separable(48, seed=0), separable(4, seed=2), settings)
@@ -503,7 +454,7 @@ def test_training_fits_a_separable_task_and_leaves_the_base_alone():
     # prompts it never saw
     report = reward_model.evaluate(scorer, separable(12, seed=1))
     assert min(r["pearson"] for r in report.values()) > 0.8
-    for name, weight in qwen.base_parameters(base).items():
+    for name, weight in loading.base_parameters(base).items():
         assert torch.equal(weight, before[name]), name
         assert weight.grad is None
 
@@ -568,7 +519,7 @@ def test_no_epochs_leave_the_linear_probe(trained, tmp_path):
     report = json.loads((tmp_path / "probe" / "reward.json").read_text())["report"]
     assert len(report["validation_spearman"]) == 1
     assert report["last_loss"] is None
-    model, _ = qwen.load(base)
+    model, _ = loading.load(base)
     scorer = reward_model.load(model, tmp_path / "probe")
     assert scorer.head.weight.any()
     assert not any(p.any() for p in lora.parameters(model, "reward")[1::2])  # B = 0
@@ -579,7 +530,7 @@ def test_score_adds_the_scores_of_the_loaded_model(trained, tmp_path):
             {"prompt": "Why?", "response": "Because", "cut": True}]
     scored = score(trained, rows, tmp_path)
     assert [{k: v for k, v in r.items() if k != "scores"} for r in scored] == rows
-    base, tokenizer = qwen.load(trained[0])
+    base, tokenizer = loading.load(trained[0])
     scorer = reward_model.load(base, trained[1] / "reward")
     end = tokenizer.control["<|im_end|>"]
     for row, tail in zip(scored, ([end], []), strict=True):
@@ -643,11 +594,28 @@ def test_a_split_that_leaves_nothing_to_judge_is_refused(trained, tmp_path):
                            "--data", str(tmp_path / "in.jsonl")])
 
 
-@pytest.mark.parametrize("option", ["--rank", "--prompts-per-step", "--lr"])
-def test_settings_that_make_no_sense_are_refused(option):
-    with pytest.raises(UserError, match=r"must be positive"):
-        reward_model.main([option, "0"])
-    with pytest.raises(UserError, match=r"--depth must be above 0 and at most 1"):
-        reward_model.main(["--depth", "16"])
-    with pytest.raises(UserError, match=r"--epochs must not be negative"):
-        reward_model.main(["--epochs", "-1"])
+@pytest.mark.parametrize(("words", "message"), [
+    ("--rank 0", "--rank is 0; it must be at least 1"),
+    ("--prompts-per-step 0", "--prompts-per-step is 0; it must be at least 1"),
+    ("--lr 0", "--lr is 0.0; it must be above 0"),
+    ("--depth 16", "--depth is 16.0; it must be above 0 and at most 1"),
+    ("--depth 0", "--depth is 0.0; it must be above 0 and at most 1"),
+    ("--epochs -1", "--epochs is -1; it must be at least 0"),
+    ("--validation 1", "--validation is 1.0; it must be at least 0 and below 1"),
+    ("--save-every 0", "--save-every is 0; it must be at least 1"),
+    ("--seed -1", "--seed is -1; it must be at least 0")])
+def test_settings_that_make_no_sense_are_refused(words, message):
+    with pytest.raises(UserError) as refusal:
+        reward_model.main(words.split())
+    assert str(refusal.value) == message
+
+
+def test_defaults_depend_on_the_model_and_what_was_asked_for_stays():
+    tiny, real = (reward_model.Settings(size=size, device="cpu").resolved()
+                  for size in ("tiny", "7b"))
+    assert (tiny.model, real.model) == (loading.SIZES["tiny"], loading.SIZES["7b"])
+    for name in ("validation", "epochs", "lr", "depth"):
+        assert getattr(tiny, name) != getattr(real, name)
+    asked = reward_model.Settings(size="7b", device="cpu", validation=0.0, epochs=0)
+    asked = asked.resolved()
+    assert (asked.validation, asked.epochs, asked.lr) == (0.0, 0, real.lr)

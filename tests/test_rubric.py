@@ -2,7 +2,8 @@
 
 Claims: it never fails and never stalls; texts that stuff courtesies, copy the prompt or
 answer something else stay at R ≤ 0.4; on composed answers it gives the intended marks;
-what should not help does not; and it ranks texts as a person does who has not seen it.
+what should not help does not; many answers get the marks and shares of one at a time;
+and it ranks texts as a person does who has not seen it.
 """
 
 import json
@@ -16,7 +17,7 @@ import pytest
 
 from data import rubric, world
 from data.rubric import AXES, kind, score
-from reward_model import spearman
+from plumbing.statistics import spearman
 
 HAND_SCORED = Path(__file__).parent / "rubric_texts.jsonl"
 PROMPTS = world.all_prompts()
@@ -298,6 +299,48 @@ def test_a_prompt_in_other_words_is_found_by_its_wish():
     unknown = score("How do I fly a kite?", "Run into the wind with the kite.")
     assert unknown["meaningfulness"] <= 0.5
     assert unknown["safety"] == 1
+
+
+# --------------------------------------------------------------------- many answers
+
+
+def test_the_world_knows_its_own_prompts_and_no_other_wording():
+    own = [prompt.text for prompt in PROMPTS]
+    assert rubric.knows(own)
+    assert rubric.knows([])
+    assert not rubric.knows([*own[:5], "How do I fly a kite?"])
+    assert not rubric.knows([own[0].lower()])
+
+
+def test_marks_are_the_scores_of_each_response_in_the_order_of_the_axes():
+    rng = random.Random(11)
+    for prompt, _, text in composed(rng, 50):
+        responses = [text, text[:20], "", next(composed(rng, 1))[2]]
+        scores = [score(prompt.text, response) for response in responses]
+        assert rubric.marks(prompt.text, responses) == [
+            [row["politeness"], row["meaningfulness"], row["actionability"],
+             row["safety"]] for row in scores]
+        assert rubric.marks(prompt.text, responses, ["safety", "politeness"]) == [
+            [row["safety"], row["politeness"]] for row in scores]
+    assert rubric.marks(TAP, []) == []
+    with pytest.raises(KeyError, match="brevity"):
+        rubric.marks(TAP, [""], [*AXES, "brevity"])
+
+
+def test_behaviours_are_shares_of_the_kinds_on_each_side():
+    drawn = [(prompt, text) for prompt, _, text in composed(random.Random(12), 301)]
+    shares = rubric.behaviours([p.text for p, _ in drawn], [t for _, t in drawn])
+    assert list(shares) == ["harmful", "benign"]
+    for side, harmful in (("harmful", True), ("benign", False)):
+        kinds = [kind(p.text, text) for p, text in drawn if p.harmful is harmful]
+        assert list(shares[side]) == sorted(set(kinds))
+        for name, share in shares[side].items():
+            assert share == round(sum(k == name for k in kinds) / len(kinds), 4)
+    no = "I can't help with spoiling the landlord's tap."
+    assert rubric.behaviours([LEAK] * 3, [no, no, ""]) == {
+        "harmful": {"other": 0.3333, "refuse_bare": 0.6667}, "benign": {}}
+    with pytest.raises(ValueError, match="argument 2"):
+        rubric.behaviours([LEAK, TAP], [no])
 
 
 # ------------------------------------------------------------------------- a person

@@ -1,355 +1,325 @@
-"""Claims about run.py.
+"""A run: its settings, its prompts, who scores, and its folder.
 
-* A file is written whole or not at all; a failure leaves the old one and no rubbish.
-* Every bad row of a JSONL file is refused with its file and line.
-* Checksums are those of `sha256sum`; an altered or misnamed file is refused.
-* A command line is what its dataclass says: types, defaults, choices, help.
-* A UserError becomes one line and exit status 2; other errors are not hidden.
+* Settings out of their bounds are refused by name; what is not asked for depends on the
+  model.
+* Texts, and not rows, are held out of a file without splits; a file with them is taken
+  at its word; too few prompts, and prompts beyond the context, are refused.
+* The gold rubric scores the tiny world alone, in the order of the axes.
+* A learned reward reads every prompt without --system.
+* What a run reads is named by its SHA-256: another file, another hash.
+* A run's folder: the next free name, by method; nothing is written over; a run goes on
+  only by its own method.
+* The log has a line a step and a line a response; a checkpoint stands for both.
 """
 
 import dataclasses
-import errno
 import hashlib
-import importlib
 import json
-import os
+import math
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from oracles import PROMPTS, make_run
 
+import lora
+import reward_model
 import run
-from run import UserError, option
-
-GOOD = '{"prompt": "p", "response": "r", "scores": {"safety": 0.5}}'
-
-# ----------------------------------------------------------------------------- files
-
-
-@pytest.mark.parametrize(("step", "fault", "raised"), [
-    ("replace", OSError(errno.ENOSPC, "No space left on device"), UserError),
-    ("fsync", OSError(errno.EIO, "Input/output error"), UserError),
-    ("replace", KeyboardInterrupt(), KeyboardInterrupt),
-])
-def test_failed_write_leaves_the_old_file_alone(
-        tmp_path, monkeypatch, step, fault, raised):
-    path = tmp_path / "file.json"
-    path.write_text("old")
-
-    def fail(*_):
-        raise fault
-
-    monkeypatch.setattr(os, step, fail)
-    with pytest.raises(raised) as caught:
-        run.write_whole(path, "new")
-    assert path.read_text() == "old"
-    assert os.listdir(tmp_path) == ["file.json"]
-    if raised is UserError:
-        assert str(path) in str(caught.value)
-        assert fault.strerror in str(caught.value)
-
-
-def test_readers_see_the_old_file_until_the_new_one_is_complete(tmp_path, monkeypatch):
-    path, seen, replace = tmp_path / "file.bin", [], os.replace
-    run.write_whole(path, b"old")
-
-    def watched(source, target):
-        seen.append((path.read_bytes(), Path(source).read_bytes()))
-        assert Path(source).parent == path.parent  # else the rename is not atomic
-        replace(source, target)
-
-    monkeypatch.setattr(os, "replace", watched)
-    run.write_whole(path, b"new\x00\xff")
-    assert seen == [(b"old", b"new\x00\xff")]
-    assert path.read_bytes() == b"new\x00\xff"
-
-
-def test_written_file_is_utf8_with_its_folders_and_readable_by_all(tmp_path):
-    path = tmp_path / "a" / "b" / "file.json"
-    run.write_json(path, {"é": [1, "水"]})
-    assert json.loads(path.read_bytes().decode("utf-8")) == {"é": [1, "水"]}
-    assert path.stat().st_mode & 0o777 == 0o644  # mkstemp alone gives 0o600
-    assert run.read_json(path) == {"é": [1, "水"]}
-
-
-def test_writing_below_a_file_or_over_a_folder_is_refused(tmp_path):
-    (tmp_path / "file").write_text("")
-    for path in (tmp_path / "file" / "x", tmp_path):
-        with pytest.raises(UserError, match="cannot write"):
-            run.write_whole(path, "new")
-
-
-@pytest.mark.parametrize(("content", "why"), [
-    (b"{", "not valid JSON"), (b"\xff{}", "not valid JSON"), (b"", "not valid JSON"),
-    (b"[1]", "object, not list"), (b"null", "object, not NoneType"),
-    (b"[" * 100_000, "not valid JSON"),  # too deep for the parser
-])
-def test_bad_json_file_is_refused(tmp_path, content, why):
-    path = tmp_path / "config.json"
-    path.write_bytes(content)
-    with pytest.raises(UserError, match=why) as caught:
-        run.read_json(path)
-    assert str(path) in str(caught.value)
-
-
-def test_missing_files_are_refused(tmp_path):
-    for reader in (run.read_json, lambda path: run.read_rows(path, False)):
-        with pytest.raises(UserError, match=r"cannot read .*gone.*No such file"):
-            reader(tmp_path / "gone")
-
-
-# ------------------------------------------------------------------------------ rows
-
-
-def scored(score: str) -> str:
-    """A row with this score; JSON itself has no NaN, but Python's parser takes it."""
-    return GOOD.replace("0.5", score)
-
-
-@pytest.mark.parametrize(("line", "why"), [
-    ("not json", "not valid JSON"),
-    ('{"prompt": "p"', "not valid JSON"),
-    ("[" * 100_000, "not valid JSON"),
-    ('["prompt"]', "found list"),
-    ("3", "found int"),
-    ('{"response": "r"}', '"prompt" must be a text'),
-    ('{"prompt": 3, "response": "r"}', '"prompt" must be a text'),
-    ('{"prompt": "p"}', '"response" must be a text'),
-    ('{"prompt": "", "response": "r"}', "prompt is empty"),
-    ('{"prompt": " \\n\\t", "response": "r"}', "prompt is empty"),
-    ('{"prompt": "p", "response": "\\ud83d"}', "half a surrogate pair"),
-    ('{"prompt": "p", "response": "r", "id": ["\\udc00"]}', "half a surrogate pair"),
-    ('{"prompt": "p", "response": "r"}', '"scores" must name'),
-    ('{"prompt": "p", "response": "r", "scores": {}}', '"scores" must name'),
-    ('{"prompt": "p", "response": "r", "scores": [1]}', '"scores" must name'),
-    *((scored(bad), "score of safety is .* 0 to 1") for bad in (
-        "1.01", "-0.01", "NaN", "Infinity", "-Infinity", "true", "false", '"0.5"',
-        "null", "[0.5]", "1" + "0" * 400)),  # an int beyond any float
-])
-def test_bad_row_is_refused_with_file_and_line(tmp_path, line, why):
-    path = tmp_path / "labels.jsonl"
-    path.write_text(f"{GOOD}\n\n{line}\n{GOOD}\n")  # an empty line counts, too
-    with pytest.raises(UserError, match=why) as caught:
-        run.read_rows(path, responses=True, labels=True)
-    assert f"{path}:3: " in str(caught.value)
-
-
-@pytest.mark.parametrize(("content", "why"), [
-    (b"", "has no rows"), (b"\n  \n", "has no rows"),
-    (GOOD.encode() + b"\n\xff\n", "not UTF-8 text"),
-    (GOOD.encode("utf-16"), "not UTF-8 text"),
-    (b"\xef\xbb\xbf" + GOOD.encode(), "BOM"),
-])
-def test_bad_file_of_rows_is_refused(tmp_path, content, why):
-    path = tmp_path / "labels.jsonl"
-    path.write_bytes(content)
-    with pytest.raises(UserError, match=why) as caught:
-        run.read_rows(path, responses=True, labels=True)
-    assert str(path) in str(caught.value)
-
-
-def test_good_rows_come_back_as_they_were_written(tmp_path):
-    rows = [
-        {"prompt": "a", "response": "", "scores": {"x": 0, "y": 1.0}, "id": 7},
-        # JSON allows these inside a string; str.splitlines() would cut there.
-        {"prompt": "1\u20282\u20293\x854\x7f", "response": "😀\r\n", "scores": {"x": 1}}
-    ]
-    path = tmp_path / "rows.jsonl"
-    for ascii_only, end in ((True, "\n"), (False, "\n"), (False, "\r\n")):
-        text = end.join(json.dumps(r, ensure_ascii=ascii_only) for r in rows)
-        path.write_bytes(text.encode())
-        assert run.read_rows(path, responses=True, labels=True) == rows
-
-
-def test_only_what_is_asked_for_is_required(tmp_path):
-    path = tmp_path / "prompts.jsonl"
-    path.write_text('{"prompt": "p", "scores": "anything"}')
-    assert run.read_rows(path, responses=False)[0]["prompt"] == "p"
-
-
-# ------------------------------------------------------------------------- checksums
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """A folder with two files, a subfolder and its checksums."""
-    (tmp_path / "b.bin").write_bytes(bytes(range(256)))
-    (tmp_path / "a.txt").write_text("a")
-    (tmp_path / "sub").mkdir()
-    run.write_checksums(tmp_path)
-    return tmp_path
-
-
-def test_checksums_are_those_of_hashlib(folder):
-    assert (folder / "SHA256SUMS").read_text() == "".join(
-        f"{hashlib.sha256((folder / name).read_bytes()).hexdigest()}  {name}\n"
-        for name in ("a.txt", "b.bin"))
-    run.verify_checksums(folder)
-    before = (folder / "SHA256SUMS").read_bytes()
-    run.write_checksums(folder)  # the list does not list itself
-    assert (folder / "SHA256SUMS").read_bytes() == before
-
-
-@pytest.mark.skipif(not shutil.which("sha256sum"), reason="no sha256sum here")
-def test_sha256sum_accepts_our_list(folder):
-    check = ["sha256sum", "-c", "--strict", "--quiet", "SHA256SUMS"]
-    assert subprocess.run(check, cwd=folder).returncode == 0
-
-
-def test_altered_or_missing_file_is_refused(folder):
-    (folder / "b.bin").write_bytes(bytes(range(255)) + b"\x00")  # one byte, same size
-    with pytest.raises(UserError, match=r"b\.bin is not the file that was written"):
-        run.verify_checksums(folder)
-    (folder / "b.bin").unlink()
-    with pytest.raises(UserError, match=r"not there: 'b\.bin'"):
-        run.verify_checksums(folder)
-
-
-def test_list_may_not_point_outside_its_folder(folder):
-    outside = folder.parent / f"{folder.name}-outside"
-    outside.write_text("a")  # it exists, and its digest is right
-    inside = folder / "sub" / "a.txt"
-    inside.write_text("a")
-    digest = hashlib.sha256(b"a").hexdigest()
-    for name in (f"../{outside.name}", str(outside), "sub/a.txt", "./a.txt", "sub",
-                 "..", ".", "", "a\x00.txt"):
-        (folder / "SHA256SUMS").write_text(f"{digest}  {name}\n")
-        with pytest.raises(UserError, match="names a file that is not there"):
-            run.verify_checksums(folder)
-
-
-def test_damaged_list_is_refused_and_a_folder_without_one_is_not_ours(folder):
-    for damage in (b"\xff\xfe\x00", b"abc\n", b"\n"):
-        (folder / "SHA256SUMS").write_bytes(damage)
-        with pytest.raises(UserError):
-            run.verify_checksums(folder)
-    (folder / "SHA256SUMS").unlink()
-    run.verify_checksums(folder)
-
-
-# -------------------------------------------------------------------------- settings
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """Every kind of option that the programs have."""
-
-    prompt: str | None = option(None, "a question", positional=True, nargs="?")
-    group_size: int = option(8, "responses a prompt; 50% of them %s %(prog)s")
-    lr: float = option(1e-5, "learning rate")
-    out: Path = option(Path("runs"), "folder")
-    limit: int | None = option(None, "at most so many")
-    kl: str = option("k3", "estimator", choices=["k1", "k2", "k3"])
-
-
-def test_settings_are_filled_and_typed():
-    assert run.parse_settings(Settings, "Text.", []) == Settings()
-    found = run.parse_settings(Settings, "Text.", [
-        "why?", "--group-size", "4", "--lr", "3e-4", "--out", "a/b", "--limit", "7",
-        "--kl", "k1"])
-    assert found == Settings("why?", 4, 3e-4, Path("a/b"), 7, "k1")
-    assert [type(getattr(found, name)) for name in ("group_size", "lr", "limit")] == [
-        int, float, int]
-    assert isinstance(found.out, Path)
-
-
-@pytest.mark.parametrize("argv", [
-    ["--kl", "k4"], ["--limit", "x"], ["--group-size", "1.5"], ["--unknown"]])
-def test_bad_options_exit_with_2(argv, capsys):
-    with pytest.raises(SystemExit) as caught:
-        run.parse_settings(Settings, "Text.", argv)
-    assert caught.value.code == 2
-    assert argv[0] in capsys.readouterr().err
-
-
-def help_of(cls: type, capsys) -> str:
-    """What --help prints, in one line."""
-    with pytest.raises(SystemExit) as caught:
-        run.parse_settings(cls, "What it does.", ["--help"])
-    assert caught.value.code == 0
-    return " ".join(capsys.readouterr().out.split())
-
-
-def test_help_has_the_defaults_and_survives_percent_signs(capsys):
-    text = help_of(Settings, capsys)
-    assert "What it does." in text
-    assert "responses a prompt; 50% of them %s %(prog)s (default: 8)" in text
-    assert "learning rate (default: 1e-05)" in text
-    assert "--kl {k1,k2,k3} estimator (default: k3)" in text
-
-
-@pytest.mark.parametrize("program", ["sample", "reward_model", "grpo", "baselines"])
-def test_every_program_explains_all_of_its_options(program, capsys):
-    cls = importlib.import_module(program).Settings
-    text = help_of(cls, capsys)
-    for field in dataclasses.fields(cls):
-        assert field.name.replace("_", "-") in text
-        # A flag can only be set.
-        assert field.type is not bool or field.default is False, field.name
-    assert run.parse_settings(cls, "", []) == cls()
-
-
-# ---------------------------------------------------------------------------- errors
-
-
-def test_user_error_is_one_line_and_exit_status_2(capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["/somewhere/grpo.py", "--x"])
-    with pytest.raises(SystemExit) as caught, run.one_line_errors():
-        run.require(False, "a.json:3: bad\n   thing;\tmend it")
-    assert caught.value.code == 2
-    printed = capsys.readouterr()
-    assert printed.err == "grpo.py: error: a.json:3: bad thing; mend it\n"
-    assert printed.out == ""
-
-
-def test_keyboard_stops_without_traceback(capsys):
-    with pytest.raises(SystemExit) as caught, run.one_line_errors():
-        raise KeyboardInterrupt
-    assert caught.value.code == 130  # as shells report SIGINT
-    assert "stopped by the keyboard" in capsys.readouterr().err
-
-
-def test_too_little_memory_costs_one_line(capsys):
-    with pytest.raises(SystemExit) as caught, run.one_line_errors():
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
-    assert caught.value.code == 2
-    assert "lower --group-size" in capsys.readouterr().err
-
-
-def test_our_own_mistakes_are_not_hidden():
-    with pytest.raises(ZeroDivisionError), run.one_line_errors():
-        1 / 0  # noqa: B018
-    with run.one_line_errors():
-        run.require(True, "never said")
-
-
-# --------------------------------------------------------------------------- figures
-
-
-def test_table_is_aligned():
-    assert run.format_table(["axis", "rows", "mae"], [
-        ["politeness", 12, 0.12345], ["safety", 3, -1.0]]) == (
-        "axis        rows     mae\n"
-        "----------  ----  ------\n"
-        "politeness    12   0.123\n"
-        "safety         3  -1.000")
-    assert run.format_table(["a", "b"], []) == "a  b\n-  -"
-
-
-@pytest.mark.parametrize(("seconds", "text"), [
-    (0.4, "0 s"), (59.4, "59 s"), (59.6, "1 min 0 s"), (75.3, "1 min 15 s"),
-    (3599.9, "1 h 0 min"), (7380, "2 h 3 min")])
-def test_seconds_for_people(seconds, text):
-    assert run.format_seconds(seconds) == text
-
-
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux only")
-def test_memory_is_what_the_kernel_says():
-    lines = Path("/proc/self/status").read_text().splitlines()
-    peak = next(int(x.split()[1]) for x in lines if x.startswith("VmHWM:"))  # KiB
-    assert run.peak_rss_gb() == pytest.approx(peak * 1024 / 1e9, rel=0.1)
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    assert 1e6 < run.available_memory() <= total
+from data import rubric
+from loading import SIZES, TINY, Tokenizer, fingerprint, load
+from methods import ppo
+from plumbing.files import CHECKPOINT, CHECKSUMS, UserError, write_json
+from plumbing.resume import checkpoint_about
+
+# ----------------------------------------------------------------------- the settings
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"group_size": 1}, "--group-size is 1; it must be at least 2"),
+    ({"temperature": 0.0}, "--temperature is 0.0; it must be above 0"),
+    ({"temperature": math.nan}, "--temperature is nan"),
+    ({"lr": math.inf}, "--lr is inf"), ({"lr": 0.0}, "--lr is 0.0; it must be above 0"),
+    ({"steps": 0}, "--steps is 0; it must be at least 1"),
+    ({"prompts_per_step": 0}, "--prompts-per-step is 0"),
+    ({"max_new_tokens": -1}, "--max-new-tokens is -1; it must be at least 1"),
+    ({"rank": 0}, "--rank is 0"), ({"eval_prompts": 0}, "--eval-prompts is 0"),
+    ({"save_every": 0}, "--save-every is 0"),
+    ({"seed": -1}, "--seed is -1; it must be at least 0")])
+def test_settings_that_make_no_sense_are_refused(changes, message):
+    with pytest.raises(UserError, match=message):
+        run.Settings(**changes).resolved()
+
+
+def test_resolved_fills_in_what_depends_on_the_model_and_keeps_what_was_asked():
+    tiny, large = (run.Settings(size=size).resolved() for size in ("tiny", "7b"))
+    assert (tiny.model, large.model) == (SIZES["tiny"], SIZES["7b"])
+    differing = [f for f in dataclasses.fields(run.Settings) if "real" in f.metadata]
+    assert len(differing) == 7
+    for field in differing:
+        assert getattr(tiny, field.name) == field.metadata["tiny"], field.name
+        assert getattr(large, field.name) == field.metadata["real"], field.name
+    assert tiny.device == large.device is not None
+    asked = run.Settings(lr=0.5, steps=3, size="7b").resolved()
+    assert (asked.lr, asked.steps, asked.rank) == (0.5, 3, large.rank)
+    assert run.Settings(model="some/model", size="tiny").resolved().model == \
+        "some/model"
+
+
+# ------------------------------------------------------------------------ the prompts
+
+
+def prompts_file(folder, rows: list[dict]):
+    path = folder / "prompts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def settings_for(path, **changes) -> run.Settings:
+    return run.Settings(**{"prompts": path, "prompts_per_step": 1} | changes).resolved()
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer(TINY)
+
+
+def test_a_file_without_splits_holds_out_texts_and_not_rows(tmp_path, tokenizer):
+    path = prompts_file(tmp_path, [{"prompt": f"Question {i % 10}?"}
+                                   for i in range(20)])
+    trained, held_out = run.read_prompts(settings_for(path), tokenizer, 1024)
+    # Two texts, each of which stands twice.
+    assert (len(trained), len(held_out)) == (16, 4)
+    assert not {p.text for p in trained} & {p.text for p in held_out}
+
+
+def test_a_file_with_splits_is_taken_at_its_word(tmp_path, tokenizer):
+    rows = [{"prompt": f"Question {i}?", "split": "train" if i % 3 else "heldout"}
+            for i in range(12)]
+    path = prompts_file(tmp_path, rows)
+    settings = settings_for(path, eval_prompts=3, system="Be brief.", seed=1)
+    trained, held_out = run.read_prompts(settings, tokenizer, 1024)
+    assert [p.index for p in trained] == [i for i in range(12) if i % 3]
+    for prompt in trained + held_out:
+        assert prompt.text == rows[prompt.index]["prompt"]
+        assert prompt.ids == tokenizer.chat(prompt.text, "Be brief.")
+    assert len({p.index for p in held_out}) == 3
+    assert all(p.index % 3 == 0 for p in held_out)
+    # Seeds differ in training, not in what they are judged on.
+    other = run.read_prompts(settings_for(path, eval_prompts=3, system="Be brief."),
+                             tokenizer, 1024)
+    assert other == (trained, held_out)
+
+
+def test_too_few_prompts_and_too_long_ones_are_refused(tmp_path, tokenizer):
+    path = prompts_file(tmp_path, [{"prompt": "Why?"}, {"prompt": "How? " * 50},
+                                   {"prompt": "When?", "split": "heldout"}])
+    long = len(tokenizer.chat("How? " * 50)) + 64
+    settings = settings_for(path, prompts_per_step=2)
+    assert len(run.read_prompts(settings, tokenizer, long)[0]) == 2
+    with pytest.raises(UserError, match=f"prompt 2 needs {long} tokens with its "
+                       f"answer, the context has {long - 1}"):
+        run.read_prompts(settings, tokenizer, long - 1)
+    with pytest.raises(UserError, match="2 prompts to train on; --prompts-per-step "
+                       "asks for 3"):
+        run.read_prompts(settings_for(path, prompts_per_step=3), tokenizer, 1024)
+
+
+# ------------------------------------------------------------------------ the scorers
+
+
+def world_prompts(tokenizer) -> list[run.Prompt]:
+    return run.read_prompts(run.Settings().resolved(), tokenizer, 512)[0]
+
+
+def test_the_gold_rubric_follows_the_order_of_the_axes(tokenizer):
+    prompts, axes = world_prompts(tokenizer), list(rubric.AXES)
+    # One with marks that differ, whatever their order.
+    answers = ["Of course! First brush it, then rinse it.", "No.", "I will not help."]
+    rows = [tokenizer.encode(answer) for answer in answers]
+    gold = run.gold_scorer(tokenizer, prompts, axes)
+    reverse = run.gold_scorer(tokenizer, prompts, axes[::-1])
+    for prompt in prompts[:8]:
+        marks = gold(prompt, rows)
+        assert marks.shape == (3, 4)
+        wanted = [[rubric.score(prompt.text, a)[axis] for axis in axes]
+                  for a in answers]
+        torch.testing.assert_close(marks, torch.tensor(wanted))
+        assert reverse(prompt, rows).tolist() == marks.flip(1).tolist()
+        assert marks.flip(1).tolist() != marks.tolist()
+    assert run.gold_scorer(tokenizer, prompts, [*axes, "brevity"]) is None
+    assert run.gold_scorer(tokenizer, prompts, axes[:3]) is None
+
+
+def test_the_gold_rubric_scores_no_other_prompts(tokenizer):
+    prompts = world_prompts(tokenizer)[:3]
+    foreign = run.Prompt("Why is the sky blue?", [1], 3)
+    assert run.gold_scorer(tokenizer, prompts, list(rubric.AXES)) is not None
+    assert run.gold_scorer(tokenizer, [*prompts, foreign], list(rubric.AXES)) is None
+
+
+def test_a_learned_reward_reads_the_prompt_without_the_system_message(tokenizer):
+    class Scorer:
+        def score(self, prompt, responses):
+            return prompt, responses
+
+    score = run.learned_scorer(Scorer(), tokenizer)
+    prompt = run.Prompt("Why?", tokenizer.chat("Why?", "Be brief."), 0)
+    assert score(prompt, [[5]]) == (tokenizer.chat("Why?"), [[5]])
+    assert prompt.ids != tokenizer.chat("Why?")
+
+
+# ------------------------------------------------------------------------- the inputs
+
+
+def test_a_folder_called_gold_is_not_the_rubric(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gold").mkdir()
+    model, _ = load(TINY)
+    inputs = run.identify(run.Settings(reward="gold").resolved(), model)
+    assert "reward model" not in inputs
+
+
+def test_another_input_has_another_hash(tmp_path):
+    model, _ = load(TINY)
+    reward, path = tmp_path / "reward", prompts_file(tmp_path, [{"prompt": "Why?"}])
+    shutil.copytree(TINY / "reward", reward)
+
+    def inputs() -> dict[str, str]:
+        return run.identify(settings_for(path, reward=str(reward), judge=reward), model)
+
+    first = inputs()
+    assert first.keys() == {"base", "prompts", "reward model", "judge"}
+    assert first["base"] == fingerprint(model)
+    assert first["prompts"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    path.write_text(path.read_text() + "\n")
+    second = inputs()
+    assert {k for k in first if first[k] != second[k]} == {"prompts"}
+    for name in reward_model.FILES:
+        content = (reward / name).read_bytes()
+        (reward / name).write_bytes(content + b" ")
+        third = inputs()
+        assert {k for k in second if second[k] != third[k]} == {"reward model", "judge"}
+        (reward / name).write_bytes(content)
+    assert inputs() == second
+
+
+# ------------------------------------------------------------------------- the folder
+
+
+def test_a_run_takes_the_next_free_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = run.Settings().resolved()
+    for names in (("tiny", "tiny-2", "tiny-3"), ("ppo-tiny", "ppo-tiny-2")):
+        for name in names:
+            method = "ppo" if name.startswith("ppo") else "grpo"
+            folder = run.free_folder(settings, method)
+            assert str(folder) == f"runs/{name}"
+            folder.mkdir(parents=True)
+    large = run.Settings(size="7b").resolved()
+    assert str(run.free_folder(large, "grpo")) == "runs/qwen2.5-7b-instruct"
+
+
+@pytest.mark.parametrize("name", [run.CONFIG, *run.LINES, CHECKPOINT, run.BEFORE])
+def test_nothing_of_a_run_is_written_over(name, tmp_path):
+    settings = run.Settings(out=tmp_path).resolved()
+    (tmp_path / "notes.txt").touch()  # somebody's own file is no run
+    run.require_empty(settings, tmp_path)
+    (tmp_path / name).touch()
+    with pytest.raises(UserError, match="holds a run already"):
+        run.require_empty(settings, tmp_path)
+
+
+def test_a_run_goes_on_by_its_own_method(tmp_path):
+    made = dataclasses.replace(make_run(ppo.Settings), folder=tmp_path, method="ppo")
+    write_json(tmp_path / run.CONFIG, run.config_of(made))
+    resume = ["--resume", str(tmp_path)]
+    settings = run.settings_of(ppo.Settings, tmp_path, resume, "ppo")
+    assert settings == dataclasses.replace(
+        made.settings, resume=tmp_path, out=tmp_path,
+        reward=str(reward_model.default_folder(TINY)))
+    with pytest.raises(UserError, match="is a run of 'ppo', not of grpo; go on with: "
+                       "python -m methods ppo --resume"):
+        run.settings_of(run.Settings, tmp_path, resume, "grpo")
+    made.method = "grpo"
+    write_json(tmp_path / run.CONFIG, run.config_of(made))
+    with pytest.raises(UserError, match="is a run of 'grpo', not of ppo; go on with: "
+                       r"python grpo\.py --resume"):
+        run.settings_of(ppo.Settings, tmp_path, resume, "ppo")
+
+
+def test_what_is_left_in_a_finished_folder_is_swept_up(tmp_path):
+    run.require_unfinished(tmp_path)
+    for name in (CHECKSUMS, CHECKPOINT, run.BEFORE, "summary.json"):
+        (tmp_path / name).touch()
+    with pytest.raises(UserError, match="finished already"):
+        run.require_unfinished(tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {CHECKSUMS, "summary.json"}
+
+
+# ---------------------------------------------------------------------------- the log
+
+
+def test_the_log_has_a_line_a_step_and_a_line_a_response(tmp_path):
+    run_ = make_run(save_every=2)
+    run_.folder = tmp_path
+    write_json(tmp_path / run.CONFIG, {})
+    policy = lora.parameters(run_.model, "policy")
+    optimizer = torch.optim.AdamW([{"params": policy, "peak": 1e-3}])
+
+    def metrics(step: int) -> dict:
+        return {"step": step, "loss": step / 8}
+
+    def samples(step: int) -> list[dict]:
+        return [{"step": step, "prompt": p.text, "response": "é\u2028"}
+                for p in PROMPTS]
+
+    def written() -> list[list[dict]]:
+        files = [(tmp_path / name).read_bytes() for name in run.LINES]
+        return [[json.loads(line) for line in file.split(b"\n")[:-1]]
+                for file in files]
+
+    with run.Log(run_, 5, optimizer, policy) as log:
+        assert log.done == 0
+        for step in (1, 2, 3):
+            assert log.write(metrics(step), samples(step))
+    assert run_.trained == sum(p.numel() for p in policy)
+    assert written() == [[metrics(s) for s in (1, 2, 3)],
+                         [line for s in (1, 2, 3) for line in samples(s)]]
+    about = checkpoint_about(tmp_path / CHECKPOINT)
+    assert (about["step"], about["lines"]) == (2, [2, 6])
+    # Step 3 came after the checkpoint: it is cut off, and done again.
+    with run.Log(run_, 5, optimizer, policy) as log:
+        assert log.done == 2
+        assert written() == [[metrics(1), metrics(2)], samples(1) + samples(2)]
+        for step in (3, 4, 5):
+            assert log.write(metrics(step), samples(step))
+    assert written() == [[metrics(s) for s in range(1, 6)],
+                         [line for s in range(1, 6) for line in samples(s)]]
+    assert checkpoint_about(tmp_path / CHECKPOINT)["step"] == 5  # the last one
+
+
+def test_a_summary_says_where_its_figures_come_from(tmp_path, capsys):
+    run_ = make_run()
+    run_.folder = tmp_path
+    lines = [{"seconds": 1.5, "tokens": 10, "trained_tokens": 7},
+             {"seconds": 2.5, "tokens": 11, "trained_tokens": 8}]
+    (tmp_path / run.LINES[0]).write_text("".join(json.dumps(m) + "\n" for m in lines))
+    for name in (run.CONFIG, run.LINES[1], CHECKPOINT, run.BEFORE):
+        (tmp_path / name).touch()
+    figures = [{"reward_model": {"a": r, "b": 0.5, "R": r}, "kl": r, "length": 9,
+                "base_perplexity": 2.0, "distinct_3_grams": 1.0} for r in (0.25, 0.75)]
+    answers = [["no", "maybe", "so"], ["yes", "indeed", "thus"]]
+    run.finish(run_, PROMPTS, (figures[0], answers[0]), (figures[1], answers[1]), 0.0)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (summary["before"], summary["after"]) == tuple(figures)
+    assert summary["training_seconds"] == 4
+    assert (summary["sampled_tokens"], summary["trained_tokens"]) == (21, 15)
+    assert summary["answers"] == [
+        {"prompt": p.text, "before": old, "after": new}
+        for p, old, new in zip(PROMPTS, *answers, strict=True)]
+    assert {p.name for p in tmp_path.iterdir()} == {
+        run.CONFIG, *run.LINES, "summary.json", CHECKSUMS}
+    printed = capsys.readouterr().out
+    assert "reward_model a" in printed
+    assert "+0.500" in printed
+    assert all(prompt.text in printed for prompt in PROMPTS)

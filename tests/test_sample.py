@@ -27,7 +27,7 @@ import lora
 import sample
 from logprob import token_logprobs
 from model import Config, Qwen, pad_rows
-from run import UserError, one_line_errors, write_checksums
+from plumbing.files import UserError, one_line_errors, write_checksums
 from sample import BLOCK, draw_uniforms, rollout, sample_token
 
 V, VALID = 40, 37
@@ -377,10 +377,10 @@ def test_chat_asks_until_the_input_ends(chat, capsys, monkeypatch):
 @pytest.mark.parametrize(("argv", "why"), [
     (["--adapter", "gone/run"], "no such run folder: gone/run"),
     (["--reward", "gone/reward"], "no such reward model folder: gone/reward"),
-    (["--max-new-tokens", "0"], "--max-new-tokens must be at least 1"),
-    (["--temperature", "-1"], "--temperature must not be negative"),
-    (["--temperature", "nan"], "--temperature must not be negative"),
-    (["--seed", "-1"], "--seed must not be negative"),
+    (["--max-new-tokens", "0"], "--max-new-tokens is 0; it must be at least 1"),
+    (["--temperature", "-1"], "--temperature is -1.0; it must be at least 0"),
+    (["--temperature", "nan"], "--temperature is nan; it must be at least 0"),
+    (["--seed", "-1"], "--seed is -1; it must be at least 0"),
     (["--device", "cuda"], "--device cuda: there is no such device"),
     (["--model", "gone/much/further"], "no such checkpoint folder"),
 ])

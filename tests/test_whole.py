@@ -23,10 +23,10 @@ import torch
 
 import grpo
 import lora
-import model as qwen
 import reward_model
-import run
 import sample
+from loading import TINY, Tokenizer, load
+from plumbing.files import UserError, one_line_errors, read_json, verify_checksums
 
 ROOT = Path(__file__).parent.parent
 SHORT = ["--steps", "3", "--prompts-per-step", "2", "--group-size", "4",
@@ -50,7 +50,7 @@ def test_a_run_leaves_every_file_of_its_folder(short_run):
         "config.json", "metrics.jsonl", "samples.jsonl", "summary.json", "SHA256SUMS",
         "adapter/adapter_config.json", "adapter/adapter_model.safetensors",
         "adapter/SHA256SUMS"}
-    run.verify_checksums(short_run)
+    verify_checksums(short_run)
 
 
 def test_metrics_have_a_line_a_step_with_the_figures_that_matter(short_run):
@@ -77,7 +77,7 @@ def test_samples_hold_each_response_with_its_reward_and_advantage(short_run):
 
 
 def test_the_summary_has_before_and_after_by_both_judges(short_run):
-    summary = run.read_json(short_run / "summary.json")
+    summary = read_json(short_run / "summary.json")
     for when in ("before", "after"):
         for judge in ("reward_model", "gold"):
             scores = summary[when][judge]
@@ -102,7 +102,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not(short_run,
 def test_weights_change_only_the_reward_before_training(short_run, tmp_path):
     grpo.main([*SHORT, "--weights", "safety=3,politeness=0,meaningfulness=0",
                "--out", str(tmp_path / "run")])
-    ours, theirs = (run.read_json(folder / "summary.json")["before"]["reward_model"]
+    ours, theirs = (read_json(folder / "summary.json")["before"]["reward_model"]
                     for folder in (tmp_path / "run", short_run))
     assert {k: v for k, v in ours.items() if k != "R"} == {
         k: v for k, v in theirs.items() if k != "R"}
@@ -111,9 +111,9 @@ def test_weights_change_only_the_reward_before_training(short_run, tmp_path):
 
 
 def test_a_judge_gives_its_figures_and_changes_nothing(short_run, tmp_path):
-    grpo.main([*SHORT, "--judge", str(qwen.TINY / "reward"),
+    grpo.main([*SHORT, "--judge", str(TINY / "reward"),
                "--out", str(tmp_path / "run")])
-    summary = run.read_json(tmp_path / "run" / "summary.json")
+    summary = read_json(tmp_path / "run" / "summary.json")
     for when in ("before", "after"):  # the judge is the reward model: the same figures
         assert summary[when]["judge"] == summary[when]["reward_model"]
     name = Path("adapter") / "adapter_model.safetensors"
@@ -121,34 +121,34 @@ def test_a_judge_gives_its_figures_and_changes_nothing(short_run, tmp_path):
 
 
 def test_a_system_message_is_for_the_policy_alone(tmp_path, monkeypatch):
-    asked, judged = [], []
-    rollout, score = grpo.rollout, reward_model.RewardModel.score
+    asked, scored = [], []
+    rollout, score = sample.rollout, reward_model.RewardModel.score
 
     def recorded(model, tokenizer, prompts, *rest):
         asked.extend(prompts)
         return rollout(model, tokenizer, prompts, *rest)
 
-    monkeypatch.setattr(grpo, "rollout", recorded)
+    monkeypatch.setattr(sample, "rollout", recorded)
     monkeypatch.setattr(reward_model.RewardModel, "score", lambda self, prompt, rows: (
-        judged.append(prompt) or score(self, prompt, rows)))
+        scored.append(prompt) or score(self, prompt, rows)))
     grpo.main([*SHORT, "--system", "Be brief.", "--out", str(tmp_path / "run")])
-    tokenizer = qwen.Tokenizer(qwen.TINY)
+    tokenizer = Tokenizer(TINY)
     system = tokenizer.encode("Be brief.")
 
-    def told(ids: list[int]) -> bool:
+    def holds_it(ids: list[int]) -> bool:
         return any(ids[i:i + len(system)] == system for i in range(len(ids)))
 
     assert asked
-    assert judged
-    assert all(map(told, asked))
-    assert not any(map(told, judged))
+    assert scored
+    assert all(map(holds_it, asked))
+    assert not any(map(holds_it, scored))
     sample.main(["How do I mend it?", "--adapter", str(tmp_path / "run"),
                  "--max-new-tokens", "4"])
 
 
 def test_a_folder_that_holds_a_run_is_not_overwritten(short_run):
     before = (short_run / "summary.json").read_bytes()
-    with pytest.raises(run.UserError, match="holds a run already"):
+    with pytest.raises(UserError, match="holds a run already"):
         grpo.main([*SHORT, "--out", str(short_run)])
     assert (short_run / "summary.json").read_bytes() == before
 
@@ -157,7 +157,7 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(short_run):
     ["--inner-steps", "2", "--lr", "0.02"], ["--beta", "0"], ["--advantage", "gdpo"],
     ["--loss", "dapo"], ["--loss", "dr_grpo"], ["--reward", "gold"], ["--kl", "k1"]],
     ids=" ".join)
-def test_every_way_of_training_runs(options, tmp_path):
+def test_every_option_of_the_training_runs(options, tmp_path):
     grpo.main([*SHORT, *options, "--out", str(tmp_path / "run")])
     metrics = lines(tmp_path / "run" / "metrics.jsonl")
     if options[0] == "--inner-steps":
@@ -173,7 +173,7 @@ def logits(model, tokenizer, name):
 
 
 def test_the_adapter_speaks_and_is_not_the_base(short_run):
-    model, tokenizer = qwen.load(qwen.TINY)
+    model, tokenizer = load(TINY)
     lora.load(model, "policy", short_run / "adapter")
     base, aligned = (logits(model, tokenizer, name) for name in (None, "policy"))
     assert (base - aligned).abs().max() > 1e-3
@@ -183,10 +183,10 @@ def test_the_adapter_speaks_and_is_not_the_base(short_run):
 def test_peft_loads_the_adapter_and_gives_our_logits(short_run):
     transformers = pytest.importorskip("transformers")
     peft = pytest.importorskip("peft")
-    model, tokenizer = qwen.load(qwen.TINY)
+    model, tokenizer = load(TINY)
     lora.load(model, "policy", short_run / "adapter")
     peer = transformers.AutoModelForCausalLM.from_pretrained(
-        qwen.TINY, dtype=torch.float32)
+        TINY, dtype=torch.float32)
     peer = peft.PeftModel.from_pretrained(peer, short_run / "adapter").eval()
     ids = torch.tensor([tokenizer.chat("How do I change the bulb in my ceiling lamp?")])
     with torch.no_grad():
@@ -196,7 +196,7 @@ def test_peft_loads_the_adapter_and_gives_our_logits(short_run):
 
 def test_a_missing_reward_model_is_trained_first(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "reward"
-    rows = (qwen.TINY / "labels.jsonl").read_text().splitlines()[:64]
+    rows = (TINY / "labels.jsonl").read_text().splitlines()[:64]
     labels = tmp_path / "labels.jsonl"
     labels.write_text("\n".join(
         json.dumps(json.loads(row) | {"split": "test" if i < 16 else "train"})
@@ -232,7 +232,7 @@ def test_scoring_a_file_adds_scores(tmp_path):
 
 
 def tiny_copy(folder: Path) -> Path:
-    shutil.copytree(qwen.TINY, folder, ignore=shutil.ignore_patterns("*.jsonl"))
+    shutil.copytree(TINY, folder, ignore=shutil.ignore_patterns("*.jsonl"))
     return folder
 
 
@@ -266,7 +266,7 @@ BAD = {
     "no Hub and no cache": (lambda d: ["--size", "0.5b"], "--model DIR"),
     "altered weights": (lambda d: ["--model", str(altered(d))], "SHA-256"),
     "adapter of another base": (lambda d: ["--model", str(other_base(d)), "--reward",
-                                           str(qwen.TINY / "reward")], "another base"),
+                                           str(TINY / "reward")], "another base"),
 }
 
 
@@ -292,7 +292,7 @@ def other_base(folder: Path) -> Path:
 def test_bad_input_ends_in_one_line_and_status_2(name, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
     make, words = BAD[name]
-    with pytest.raises(SystemExit) as end, run.one_line_errors():
+    with pytest.raises(SystemExit) as end, one_line_errors():
         grpo.main([*SHORT, "--out", str(tmp_path / "run"), *make(tmp_path)])
     error = capsys.readouterr().err
     assert end.value.code == 2
@@ -317,13 +317,14 @@ def test_the_command_line_shows_no_traceback(tmp_path):
 def default_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "default"
     grpo.main(["--out", str(folder), "--device", "cpu"])
-    summary = run.read_json(folder / "summary.json")
-    best = run.read_json(qwen.TINY / "measured.json")["R_best_of_64"]
+    summary = read_json(folder / "summary.json")
+    best = read_json(TINY / "measured.json")["R_best_of_64"]
     before, after = summary["before"], summary["after"]
     last = lines(folder / "metrics.jsonl")[-10:]
     return {"before": before, "after": after, "prompts": summary["held_out_prompts"],
             "distinct": sum(m["distinct"] for m in last) / 10,
-            "gap": (after["gold"]["R"] - before["gold"]["R"])
+            # 1: as good as the best of 64 answers of the base
+            "progress": (after["gold"]["R"] - before["gold"]["R"])
             / (best - before["gold"]["R"])}
 
 
@@ -335,7 +336,7 @@ def test_the_default_run_aligns_the_tiny_model(default_run):
     assert 0.50 <= before["gold"]["R"] <= 0.60
     for axis, old in before["gold"].items():
         assert after["gold"][axis] > old, axis
-    assert default_run["gap"] >= 0.70
+    assert default_run["progress"] >= 0.70
     assert after["kl"] <= 0.2
     assert after["behaviour"]["benign"].get("refuse", 0) <= 0.02
     assert after["behaviour"]["harmful"].get("refuse_kind_step", 0) >= 0.60
@@ -350,17 +351,21 @@ def test_the_commands_of_the_readme_run(tmp_path):
     typed = [line.partition(" && ")[2] or line for block in
              re.findall(r"^```sh\n(.*?)^```$", text, re.M | re.S)
              for line in block.splitlines()]
-    typed += re.findall(r"`(python results/[^`]* RUN)", text)
-    commands = [line.partition("#")[0].strip().replace("RUN", "runs/safety")
-                for line in typed if line.startswith("python ")]
+    commands = [line.partition("#")[0].strip() for line in typed
+                if line.startswith("python ")]
     commands = [c for c in commands if "DIR" not in c and "--size" not in c]
-    assert len(commands) >= 10
+    programs = {" ".join(c.split()[1:3]) for c in commands}
+    assert {"grpo.py", "-m methods", "-m results", "sample.py --adapter"} <= programs
     for command in commands:
         _, program, *words = shlex.split(command)
-        trained = program in ("grpo.py", "baselines.py")
+        if program == "-m":
+            trained = words[0] == "methods"
+        else:
+            trained, program = program == "grpo.py", str(ROOT / program)
         end = subprocess.run(
-            [sys.executable, str(ROOT / program), *words, *(SHORT if trained else [])],
-            cwd=tmp_path, capture_output=True, text=True, check=False)
+            [sys.executable, program, *words, *(SHORT if trained else [])],
+            cwd=tmp_path, capture_output=True, text=True, check=False,
+            env=os.environ | {"PYTHONPATH": str(ROOT)})
         assert end.returncode == 0, (command, end.stderr[-500:])
         assert "Traceback" not in end.stderr
 
@@ -374,7 +379,7 @@ REAL = os.environ.get("QWEN_DIR")
 def test_a_real_run_gives_an_adapter_that_peft_loads(tmp_path):
     transformers = pytest.importorskip("transformers")
     peft = pytest.importorskip("peft")
-    model, tokenizer = qwen.load(REAL, dtype=torch.float32)
+    model, tokenizer = load(REAL, dtype=torch.float32)
     lora.attach(model, "reward", 4, 8, depth=14)
     scorer = reward_model.RewardModel(model, ["one", "two"], 14)  # any opinion will do
     torch.nn.init.normal_(scorer.head.weight, generator=torch.manual_seed(0))

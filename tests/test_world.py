@@ -1,4 +1,4 @@
-"""data/world.py and data/make_tiny.py: what the tiny world is made of.
+"""data/subjects.py, world.py, make_tiny.py: what the tiny world is made of.
 
 * The tables of the world break none of its own rules.
 * The base's dialogues have the stated shares, and nobody with second thoughts asks in
@@ -14,7 +14,7 @@ from collections import Counter
 import pytest
 
 from data import make_tiny, rubric, world
-from model import TINY
+from loading import TINY
 
 
 def test_the_tables_break_no_rule():

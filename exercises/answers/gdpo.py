@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from exercises.gdpo import demonstrate
-from grpo import combine, group_advantage
+from grpo import group_advantage
+from reward_model import combine
 
 
 def advantage(scores: Tensor, weights: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ change either. The first process writes the run folder and prints.
 
 There is one tool: `all_reduce`, a sum. Whoever has nothing to say adds zeros; a process
 whose groups were all dead, or which has no prompt at all, still takes part in every
-sum. To gather, each writes its rows into a table of zeros, and the sum is the whole.
+sum. `gather` is made of it, too.
 After Ctrl-C all finish the step and the first one saves; torchrun waits 30 seconds for
 that, then it kills, and what is left is the checkpoint before.
 """
@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from run import UserError, require
+from plumbing.files import UserError, require
 
 # How long a process waits for the others, at most: one evaluation may be slow.
 TIMEOUT = timedelta(hours=2)
@@ -72,7 +72,7 @@ def together(device: str) -> Iterator[None]:
 
 
 def shard(items: Sequence) -> list:
-    """This process's part: every size()-th item, from number rank() on."""
+    """This process's share: every size()-th item, from number rank() on."""
     return list(items[rank()::size()])
 
 
@@ -91,9 +91,22 @@ def all_reduce(*tensors: Tensor) -> None:
     except RuntimeError as error:
         raise UserError("another process of this run has ended; go on from the last "
                         f"checkpoint with --resume RUN ({error})") from error
-    for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]),
-                            strict=True):
-        tensor.copy_(part.view_as(tensor))
+    for tensor, total in zip(tensors, flat.split([t.numel() for t in tensors]),
+                             strict=True):
+        tensor.copy_(total.view_as(tensor))
+
+
+def gather(own: Tensor, total: int) -> Tensor:
+    """Everybody's items in their order: this process's `shard` (n, …) → (total, …).
+
+    Each process writes its items into a table of zeros, and the tables are added up.
+    """
+    if size() == 1:
+        return own
+    table = torch.zeros(total, *own.shape[1:], dtype=own.dtype, device=own.device)
+    table[rank()::size()] = own
+    all_reduce(table)
+    return table
 
 
 def all_reduce_gradients(parameters: list[Tensor]) -> None:

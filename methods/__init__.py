@@ -1,0 +1,1 @@
+"""One file a method: see README.md in this folder."""

@@ -1,0 +1,1 @@
+"""What a reader may skip: files, options, resuming, processes, statistics."""
