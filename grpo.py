@@ -107,16 +107,24 @@ def make_advantage(scores: Tensor, weights: Tensor, kind: str = "group",
 
     Args:
         kind: "group" normalises the weighted sum, as the paper does; "mean-only" does
-            not divide by its std; "gdpo" normalises every axis before the sum.
+            not divide by its std; "per-axis" normalises every axis before the sum
+            (MO-GRPO, arXiv 2509.22047); "gdpo" does that, and normalises the sum once
+            more, over all groups of the step (GDPO, arXiv 2601.05242, and as TRL has
+            it, but for its sample std).
     """
-    if kind != "gdpo":
+    if kind in ("group", "mean-only"):
         return group_advantage(combine(scores, weights), min_std, kind == "group")
-    # DEVIATES [E3]: A = Σ_k w_k A_k / Σ_k w_k with A_k from axis k alone (GDPO, arXiv
-    # 2601.05242, without its second normalisation over the batch). In the weighted sum
-    # an axis counts by its weight times its std; here by its weight alone.
+    # DEVIATES [E3]: A = Σ_k w_k A_k / Σ_k w_k with A_k from axis k alone. In the
+    # weighted sum an axis counts by its weight times its std; here by its weight alone.
     axes = [group_advantage(axis, min_std) for axis in scores.unbind(-1)]
     advantage = combine(torch.stack([a for a, _ in axes], -1), weights)  # (P, G)
     alive = torch.stack([live for _, live in axes], -1)[:, weights > 0].any(-1)  # (P,)
+    if kind == "gdpo":
+        # A sum of K axes that disagree is short. (A − mean A) / (std A + 1e-4) over the
+        # step gives it the size that β and the learning rate are made for.
+        centred = advantage - advantage.mean()
+        scaled = centred / (advantage.std(correction=0) + 1e-4)
+        advantage = torch.where(alive[:, None], scaled, 0.0)
     return advantage, alive
 
 
@@ -220,19 +228,20 @@ class Settings(SharedSettings):
     kl: str = option("k3", "KL estimator in the loss", choices=["k1", "k2", "k3"])
     loss: str = option("grpo", "normalisation (TRL: loss_type)",
                        choices=["grpo", "dapo", "dr_grpo"])
-    advantage: str = option("group", "group; gdpo (TRL: multi_objective_aggregation "
-                            "normalize_then_sum); mean-only (TRL: scale_rewards none)",
-                            choices=["group", "gdpo", "mean-only"])
-    min_std: float = option(1e-3, "a group (with gdpo: an axis of it) with a smaller "
-                            "std is dead", low=0)
+    advantage: str = option("group", "group; per-axis; gdpo (TRL: "
+                            "multi_objective_aggregation normalize_then_sum); "
+                            "mean-only (TRL: scale_rewards none)",
+                            choices=["group", "per-axis", "gdpo", "mean-only"])
+    min_std: float = option(1e-3, "a group (per-axis, gdpo: an axis of it) with a "
+                            "smaller std is dead", low=0)
 
     def resolved(self) -> "Settings":
         """With the defaults that depend on the model; dr_grpo divides by no std."""
         if self.loss != "dr_grpo":
             return super().resolved()
         # Its authors' whole recipe: no std and a constant length.
-        require(self.advantage != "gdpo", "--loss dr_grpo divides by no std; it does "
-                "not go with --advantage gdpo")
+        require(self.advantage in ("group", "mean-only"), "--loss dr_grpo divides by "
+                f"no std; it does not go with --advantage {self.advantage}")
         return dataclasses.replace(super().resolved(), advantage="mean-only")
 
 

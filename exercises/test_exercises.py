@@ -1,6 +1,7 @@
 """Tests of the fill-in exercises: each fails until its function is right.
 
-`pytest exercises -k gdpo` tests yours; `ANSWERS=1 pytest exercises` the worked ones.
+`pytest exercises -k per_axis` tests yours; `ANSWERS=1 pytest exercises` the worked
+ones.
 """
 
 import importlib
@@ -50,20 +51,20 @@ def test_refusals_tie_at_the_weight(refuse, others):
     assert gain(0.9 * tie) > 0 > gain(1.1 * tie)
 
 
-# ----------------------------------------------------------------------------- 3. gdpo
+# ------------------------------------------------------------------------- 3. per_axis
 
 
-def test_gdpo_hears_an_axis_however_loud_it_is():
+def test_per_axis_hears_an_axis_however_loud_it_is():
     scores = torch.rand(3, 8, 4, generator=torch.Generator().manual_seed(0))
     weights = torch.tensor([1.0, 0.0, 2.0, 1.0])
-    advantage = written("gdpo").advantage(scores, weights)
-    wanted, _ = grpo.make_advantage(scores, weights, "gdpo")
+    advantage = written("per_axis").advantage(scores, weights)
+    wanted, _ = grpo.make_advantage(scores, weights, "per-axis")
     torch.testing.assert_close(advantage, wanted)
     # An axis of weight 0 is not heard; one that is ten times as loud no better.
     other = scores.clone()
     other[..., 1] = 1 - other[..., 1]
     other[..., 2] *= 10
-    torch.testing.assert_close(written("gdpo").advantage(other, weights), wanted,
+    torch.testing.assert_close(written("per_axis").advantage(other, weights), wanted,
                                atol=2e-3, rtol=0)
 
 

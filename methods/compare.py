@@ -66,7 +66,7 @@ ABLATED = {
     "equal weights": GRPO,
     **{f"{axis} alone": [*GRPO, "--weights", ",".join(
         f"{a}={int(a == axis)}" for a in rubric.AXES)] for axis in rubric.AXES},
-    "GDPO": [*GRPO, "--advantage", "gdpo"],
+    "each axis normalised": [*GRPO, "--advantage", "per-axis"],
     "no division by the std": [*GRPO, "--advantage", "mean-only"],
     "beta 0": [*GRPO, "--beta", "0"],
     "two updates a batch": [*GRPO, "--inner-steps", "2"],

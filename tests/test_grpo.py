@@ -1,7 +1,7 @@
 """GRPO's objective, its update, its loop and its command line.
 
-* [E3] Advantages are numpy's; a flat group gets exactly 0; groups never mix; GDPO gives
-  each axis the say that its weight gives it.
+* [E3] Advantages are numpy's; a flat group gets exactly 0; groups never mix; per-axis
+  gives each axis the say that its weight gives it; gdpo is TRL's, but for sample stds.
 * [E4] [E5] [E7] The gradient of the loss equals exact enumeration over a toy
   vocabulary, for every normalisation and KL estimator, where clipping acts.
 * [E6] Each estimator's value and gradient have the expectation that its comment states,
@@ -18,11 +18,14 @@
 """
 
 import dataclasses
+import inspect
 import itertools
 import math
 import os
 import subprocess
 import sys
+import textwrap
+import types
 from pathlib import Path
 
 import numpy as np
@@ -105,18 +108,18 @@ def test_without_dividing_the_advantage_keeps_the_scale_of_the_reward():
     torch.testing.assert_close(mean_only, advantage * (1 + 3 / 2) / 4)
 
 
-def gdpo_case() -> tuple[torch.Tensor, torch.Tensor]:
+def axes_case() -> tuple[torch.Tensor, torch.Tensor]:
     scores = torch.stack([random_rewards(4, 6, seed=k) for k in range(3)], -1)
     scores[..., 1] /= 20  # an axis with little spread
     return scores, torch.tensor([1.0, 2.0, 5.0], dtype=torch.float64)
 
 
-def test_group_normalises_the_sum_and_gdpo_each_axis_before_the_sum():
-    scores, weights = gdpo_case()
+def test_group_normalises_the_sum_and_per_axis_each_before_the_sum():
+    scores, weights = axes_case()
     axes, share = [scores[..., k].numpy() for k in range(3)], weights.numpy() / 8
     after = numpy_advantage(sum(w * a for w, a in zip(share, axes, strict=True)))
     before = sum(w * numpy_advantage(a) for w, a in zip(share, axes, strict=True))
-    for kind, wanted in (("group", after), ("gdpo", before)):
+    for kind, wanted in (("group", after), ("per-axis", before)):
         advantage, alive = grpo.make_advantage(scores, weights, kind)
         torch.testing.assert_close(advantage, torch.from_numpy(wanted), rtol=1e-12,
                                    atol=0)
@@ -124,24 +127,63 @@ def test_group_normalises_the_sum_and_gdpo_each_axis_before_the_sum():
     assert np.abs(after - before).max() > 0.1  # the two really differ here
 
 
-def test_gdpo_ignores_an_axis_that_is_flat_or_has_no_weight():
-    scores, weights = gdpo_case()
+def test_per_axis_ignores_an_axis_that_is_flat_or_has_no_weight():
+    scores, weights = axes_case()
     weights[2] = 0
-    wanted, _ = grpo.make_advantage(scores, weights, "gdpo")
+    wanted, _ = grpo.make_advantage(scores, weights, "per-axis")
     scores[..., 2] = random_rewards(4, 6, seed=9) * 100
-    advantage, alive = grpo.make_advantage(scores, weights, "gdpo")
+    advantage, alive = grpo.make_advantage(scores, weights, "per-axis")
     assert torch.equal(advantage, wanted)
     assert alive.all()
     # Axis 1 flat in group 0: only axis 0 is left to speak. Axis 2, though it varies,
     # does not bring a group to life.
     scores[0, :, 1] = 0.3
     scores[1, :, :2] = 0.3
-    advantage, alive = grpo.make_advantage(scores, weights, "gdpo")
+    advantage, alive = grpo.make_advantage(scores, weights, "per-axis")
     only = numpy_advantage(scores[..., 0].numpy())[0] / 3
     torch.testing.assert_close(advantage[0], torch.from_numpy(only))
     assert (advantage[1] == 0).all()
     assert torch.equal(advantage[2:], wanted[2:])
     assert alive.tolist() == [True, False, True, True]
+
+
+def test_gdpo_is_per_axis_with_std_1_over_the_step():
+    scores, weights = axes_case()
+    scores[1] = 0.3  # a dead group, which counts and stays at exactly 0
+    plain, _ = grpo.make_advantage(scores, weights, "per-axis")
+    advantage, alive = grpo.make_advantage(scores, weights, "gdpo")
+    assert alive.tolist() == [True, False, True, True]
+    assert (advantage[1] == 0).all()
+    wanted = (plain - plain.mean()) / (plain.std(correction=0) + 1e-4)
+    torch.testing.assert_close(advantage[alive], wanted[alive])
+    assert advantage.std(correction=0).item() == pytest.approx(1, abs=1e-3)
+    assert plain.std(correction=0).item() < 0.8  # axes that disagree make a short sum
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("std", ["population", "sample"])
+def test_gdpo_is_what_trl_computes(std):
+    trainer = pytest.importorskip("trl.trainer.grpo_trainer")
+    source = inspect.getsource(trainer.GRPOTrainer)
+    lines = source.partition('aggregation == "normalize_then_sum":\n')[2]
+    lines = lines.partition("\n        else:")[0]  # TRL's own, of the installed version
+    scores, weights = axes_case()
+
+    def population(values, dim=None, keepdim=False):
+        return values.std(dim=dim, correction=0, keepdim=keepdim)
+
+    names = {
+        "torch": torch, "device": "cpu", "num_generations": scores.shape[1],
+        "nanstd": population if std == "population" else trainer.nanstd,
+        "rewards_per_func": scores.flatten(0, 1),
+        "unscorable_mask": torch.zeros(scores.shape[0] * scores.shape[1]).bool(),
+        "self": types.SimpleNamespace(reward_funcs=[None] * 3,
+                                      reward_weights=weights / weights.sum())}
+    exec(textwrap.dedent(lines), names)
+    advantage, _ = grpo.make_advantage(scores, weights, "gdpo")
+    rtol = 1e-12 if std == "population" else 0.1
+    torch.testing.assert_close(names["advantages"].view_as(advantage), advantage,
+                               rtol=rtol, atol=1e-12)
 
 
 # ------------------------------------------- [E4]-[E7] against exact enumeration
@@ -576,7 +618,7 @@ def test_an_update_reports_the_advantages_that_numpy_makes_of_the_scores():
     assert metrics["dead_groups"] == pytest.approx(1 / 3)
 
 
-@pytest.mark.parametrize("kind", ["group", "gdpo", "mean-only"])
+@pytest.mark.parametrize("kind", ["group", "per-axis", "gdpo", "mean-only"])
 def test_an_update_trains_on_the_advantages_of_its_kind(kind):
     _, batch, _ = update_case()
     run = make_run(advantage=kind, min_std=0.1)
@@ -653,7 +695,8 @@ def test_a_loss_that_is_not_finite_is_refused():
     ({"inner_steps": 0}, "--inner-steps is 0; it must be at least 1"),
     ({"min_std": -1e-3}, "--min-std is -0.001; it must be at least 0"),
     ({"group_size": 1}, "--group-size is 1; it must be at least 2"),
-    ({"loss": "dr_grpo", "advantage": "gdpo"}, "does not go with --advantage gdpo")])
+    ({"loss": "dr_grpo", "advantage": "gdpo"}, "does not go with --advantage gdpo"),
+    ({"loss": "dr_grpo", "advantage": "per-axis"}, "go with --advantage per-axis")])
 def test_settings_that_make_no_sense_are_refused(changes, message):
     with pytest.raises(UserError, match=message):
         grpo.Settings(**changes).resolved()

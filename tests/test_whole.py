@@ -155,6 +155,7 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(short_run):
 
 @pytest.mark.parametrize("options", [
     ["--inner-steps", "2", "--lr", "0.02"], ["--beta", "0"], ["--advantage", "gdpo"],
+    ["--advantage", "per-axis"],
     ["--loss", "dapo"], ["--loss", "dr_grpo"], ["--reward", "gold"], ["--kl", "k1"]],
     ids=" ".join)
 def test_every_option_of_the_training_runs(options, tmp_path):

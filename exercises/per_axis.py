@@ -10,7 +10,7 @@ from reward_model import combine
 
 
 def advantage(scores: Tensor, weights: Tensor) -> Tensor:
-    """Advantages by GDPO: scores (P, G, K), weights (K,) → (P, G)."""
+    """Advantages per axis: scores (P, G, K), weights (K,) → (P, G)."""
     # Normalise each axis inside its group by [E3], then take the weighted mean.
     raise NotImplementedError("write me")
 
@@ -22,7 +22,8 @@ def demonstrate(advantage: Callable) -> None:
     scores = 0.5 + spread * torch.randn(200, 8, 2, generator=generator)  # (P, G, K)
     weights = torch.ones(2)  # (K,)
     summed, _ = group_advantage(combine(scores, weights))  # (P, G)
-    for name, a in (("weighted sum", summed), ("GDPO", advantage(scores, weights))):
+    own = advantage(scores, weights)  # (P, G)
+    for name, a in (("weighted sum", summed), ("each axis", own)):
         follows = [torch.corrcoef(torch.stack([
             a.flatten(), (axis - axis.mean(1, keepdim=True)).flatten()]))[0, 1].item()
             for axis in scores.unbind(-1)]
