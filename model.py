@@ -22,6 +22,7 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -394,15 +395,16 @@ def micro_batches(lengths: list[int]) -> list[list[int]]:
     """
     # cost(n) = min over cuts c < n of cost(c) + (n − c) · length_n + PASS_COST
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
-    best: list[tuple[int, int]] = [(0, 0)]  # for the first n rows: cost, last cut
+    cost = np.zeros(len(order) + 1, dtype=np.int64)  # of the first n rows
+    last_cut = np.zeros_like(cost)
     for end, row in enumerate(order, 1):
-        best.append(min(
-            (best[cut][0] + (end - cut) * lengths[row] + PASS_COST, cut)
-            for cut in range(end)
-            if end - cut == 1 or (end - cut) * lengths[row] <= TOKENS_PER_PASS))
+        most = max(1, TOKENS_PER_PASS // max(1, lengths[row]))  # rows of this length
+        cuts = np.arange(max(0, end - most), end)
+        costs = cost[cuts] + (end - cuts) * lengths[row] + PASS_COST
+        cheapest = int(costs.argmin())
+        cost[end], last_cut[end] = costs[cheapest], cuts[cheapest]
     batches, end = [], len(order)
     while end:
-        cut = best[end][1]
-        batches.append(order[cut:end])
-        end = cut
+        batches.append(order[last_cut[end]:end])
+        end = int(last_cut[end])
     return batches[::-1]

@@ -57,10 +57,11 @@ class Rollout:
     logp: Tensor  # (B, C) fp32: log π of the sampled tokens; 0 where mask is False
     ended: Tensor  # (B,) bool: False for a response that the length limit cut off
 
-    def responses(self) -> list[list[int]]:
-        """The ids of each row, the end token included."""
-        lengths = self.mask.sum(1).tolist()
-        return [row[:n] for row, n in zip(self.tokens.tolist(), lengths, strict=True)]
+    def responses(self, rows: slice = slice(None)) -> list[list[int]]:
+        """The ids of each row (by default of all), the end token included."""
+        lengths = self.mask[rows].sum(1).tolist()
+        return [row[:n] for row, n in zip(self.tokens[rows].tolist(), lengths,
+                                          strict=True)]
 
 
 def draw_uniforms(seed: int, step: int, prompt: int, group_size: int,
@@ -202,7 +203,8 @@ class Batch:
 
     def group(self, p: int) -> list[list[int]]:
         """The responses of prompt p."""
-        return self.sampled.responses()[p * self.group_size:(p + 1) * self.group_size]
+        return self.sampled.responses(
+            slice(p * self.group_size, (p + 1) * self.group_size))
 
     def rows(self, chosen: Tensor) -> "Batch":
         """The batch of these rows only; the same number of each group, in order."""
