@@ -2,7 +2,8 @@
 
 Before and after use the same random numbers (those of step 0, which no training step
 uses), so that the difference is the training's. The KL to the base is exact over the
-vocabulary. `describe` says what the responses of a training step were like.
+vocabulary at every token, and a mean over the tokens that were sampled. `describe` says
+what the responses of a training step were like.
 """
 
 import hashlib
@@ -42,7 +43,7 @@ def evaluate(run: Run, prompts: list[Prompt], title: str,
 
     Args:
         title: of the progress bar.
-        best_of: answer so many times, and keep what the reward likes best.
+        best_of: how often to answer; the response that the reward likes best is kept.
     """
     size, batches, sums, drawn = max(1, ROWS // best_of), [], [], 0
     with tqdm(total=len(prompts), desc=title, unit="prompt",
@@ -71,7 +72,7 @@ def evaluate(run: Run, prompts: list[Prompt], title: str,
 
 
 def best_rows(batch: Batch) -> Batch:
-    """The response of each group that the reward likes best."""
+    """The response of each group that the reward likes best; with G = 1, all."""
     best = batch.reward.view(-1, batch.group_size).argmax(1)  # (P,)
     return batch.rows(best + batch.group_size * torch.arange(len(best)))
 
@@ -96,9 +97,9 @@ def distinct_3_grams(texts: list[str]) -> float:
 
     It falls when a policy has one good sentence and says it to everybody.
     """
-    runs = [tuple(words[i:i + 3]) for words in map(str.split, texts)
-            for i in range(len(words) - 2)]
-    return len(set(runs)) / max(1, len(runs))
+    grams = [tuple(words[i:i + 3]) for words in map(str.split, texts)
+             for i in range(len(words) - 2)]
+    return len(set(grams)) / max(1, len(grams))
 
 
 @torch.no_grad()

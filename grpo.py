@@ -12,8 +12,8 @@ Changed  Policy, reference and reward model are roles of one frozen base: no sec
          log π comes without full logits. A group of nearly equal rewards (--min-std)
          has no advantage. The KL that is reported is exact over the vocabulary, and is
          KL(π ‖ ref); the estimator is only in the loss.
-Dropped  Nothing of the objective that we know of. Of what others add: mixed-precision
-         machinery, top-p in training.
+Dropped  Nothing of the objective, as far as we know. There is no mixed-precision
+         machinery and no top-p in training.
 
     python grpo.py                                  # the bundled tiny model
     python grpo.py --weights safety=2,politeness=0  # what do you want it to become?
@@ -82,17 +82,17 @@ def group_advantage(reward: Tensor, min_std: float = 1e-3,
 
     Args:
         reward: (P, G), one row a prompt.
-        min_std: a group with a smaller std is dead: all its advantages are 0. Such a
-            group trains the policy by its KL term alone, if there is one.
+        min_std: a group with a smaller std is dead: all its advantages are 0. If β > 0
+            its tokens still have their KL term.
         divide: False keeps the numerator only (Dr. GRPO, arXiv 2503.20783).
 
     Returns:
         advantage (P, G) and which groups are alive (P,).
     """
     # [E3] A_g = (R_g − mean_g R) / (std_g R + 1e-4), population std over the group
-    # (TRL has the sample std: its advantages are sqrt((G − 1) / G) of these.)
-    # 1e-4 and not 1e-8: where all rewards agree, the numerator is rounding error, which
-    # a tiny denominator would turn into advantages of ±1, if min_std let it pass.
+    # TRL has the sample std, so its advantages are sqrt((G − 1) / G) of these. 1e-4 and
+    # not 1e-8: with min_std 0 and equal rewards the numerator is rounding error, which
+    # a tiny denominator would turn into advantages of ±1.
     mean = reward.mean(1, keepdim=True)  # (P, 1)
     std = reward.std(1, correction=0, keepdim=True)  # (P, 1)
     advantage = (reward - mean) / (std + 1e-4) if divide else reward - mean
@@ -106,7 +106,7 @@ def make_advantage(scores: Tensor, weights: Tensor, kind: str = "group",
     """From scores (P, G, K) to advantage (P, G), and which groups are alive (P,).
 
     Args:
-        kind: "group" normalises the weighted sum, as the paper does; "mean-only" does
+        kind: "group" normalises the weighted sum, the paper's way; "mean-only" does
             not divide by its std; "per-axis" normalises every axis before the sum
             (MO-GRPO, arXiv 2509.22047); "gdpo" does that, and normalises the sum once
             more, over all groups of the step (GDPO, arXiv 2601.05242, and as TRL has
@@ -120,8 +120,8 @@ def make_advantage(scores: Tensor, weights: Tensor, kind: str = "group",
     advantage = combine(torch.stack([a for a, _ in axes], -1), weights)  # (P, G)
     alive = torch.stack([live for _, live in axes], -1)[:, weights > 0].any(-1)  # (P,)
     if kind == "gdpo":
-        # A sum of K axes that disagree is short. (A − mean A) / (std A + 1e-4) over the
-        # step gives it the size that β and the learning rate are made for.
+        # Where axes disagree, their sum has a std below 1. Over the whole step
+        # (A − mean A) / (std A + 1e-4) has the size that β and the rate are made for.
         centred = advantage - advantage.mean()
         scaled = centred / (advantage.std(correction=0) + 1e-4)
         advantage = torch.where(alive[:, None], scaled, 0.0)
@@ -131,8 +131,8 @@ def make_advantage(scores: Tensor, weights: Tensor, kind: str = "group",
 def kl_estimate(logp: Tensor, logp_ref: Tensor, kind: str = "k3") -> Tensor:
     """Estimate KL(π ‖ ref) from sampled tokens: logp, logp_ref (B, C) → (B, C).
 
-    The mean of k1 and of k3 is the KL; that of k2 is near it where π is near ref. In a
-    loss their *gradients* count, and these differ. On-policy, with the samples fixed,
+    k1 and k3 are each unbiased; k2 is close where π is near ref. In a loss their
+    *gradients* count, and these differ. On-policy, with the samples fixed,
     δ = log ref − log π, E over π:
 
         k1 = −δ            ∇ → E[∇ log π] = 0: no pull at all, only noise
@@ -147,8 +147,8 @@ def kl_estimate(logp: Tensor, logp_ref: Tensor, kind: str = "k3") -> Tensor:
     if kind == "k2":
         return delta.square() / 2
     # [E6] k3 = e^δ − δ − 1
-    # One token that the policy has all but abandoned must not overflow the sum: from
-    # δ = 20 on, e^δ goes on as its tangent, whose slope still pulls the token back.
+    # DEVIATES [E6]: from δ = 20 on, e^δ goes on as its tangent. One token that the
+    # policy has all but abandoned must not overflow the sum, and is still pulled back.
     near = delta.clamp(max=20.0)
     return near.exp() * (1 + (delta - near)) - delta - 1
 
@@ -157,9 +157,9 @@ def token_weights(mask: Tensor, loss: str = "grpo", rows: int | None = None,
                   tokens: int | None = None, length: int | None = None) -> Tensor:
     """What each token counts in the objective: mask (B, C) → (B, C).
 
-    The denominators are those of the whole intended step, however few of its rows
-    `mask` holds. So the gradient does not change with micro-batches, padding or row
-    order, and a dropped dead group still counts as a group.
+    The denominators are those of the whole step, however few of its rows `mask` holds:
+    the gradient does not change with micro-batches, padding or row order, and a dropped
+    dead group still counts as a group.
 
     Args:
         loss: "grpo": mean over a response's tokens, then over the P·G responses;
@@ -193,14 +193,14 @@ def grpo_loss(logp: Tensor, logp_old: Tensor, logp_ref: Tensor | None,
         clip: ε; beta: weight of the KL term; kl: its estimator.
 
     Returns:
-        the loss (scalar) and which tokens get no gradient from [E5] (B, C).
+        the loss (scalar) and which tokens are clipped (B, C).
     """
     mask, adv = weight > 0, advantage[:, None]  # (B, C), (B, 1)
     # [E4] ρ = π(token) / π_old(token)
     # `where` comes before exp: padding may hold anything, and 0 · inf is NaN.
     ratio = torch.where(mask, logp - logp_old, 0.0).exp()  # (B, C)
     # [E5] min(ρ A, clip(ρ, 1 − ε, 1 + ε) A)
-    # Flat where ρ has gone beyond ε in the direction that A rewards. In the other
+    # Flat where ρ has left 1 ± ε in the direction that A rewards. In the other
     # direction the minimum keeps the slope: such a token is pulled back.
     clipped = ratio.clamp(1 - clip, 1 + clip) * adv  # (B, C)
     surrogate = torch.minimum(ratio * adv, clipped)  # (B, C)
@@ -208,16 +208,17 @@ def grpo_loss(logp: Tensor, logp_old: Tensor, logp_ref: Tensor | None,
     if beta > 0:
         objective = surrogate - beta * torch.where(
             mask, kl_estimate(logp, logp_ref, kl), 0.0)
-    # [E7] J = Σ_b Σ_t weight_bt · (min(ρ A, clip(ρ) A) − β KL);  the loss is −J
+    # [E7] J = Σ_b Σ_t weight_bt · ([E5] − β [E6]), by default with weight 1 / (B |o_b|)
+    # of a response of |o_b| tokens: the mean of means. The loss is −J.
     return -(weight * objective).sum(), mask & (clipped < ratio * adv)
 
 
-# ------------------------------------------------------------------------- one update
+# ---------------------------------------------------------------------- GRPO's options
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings(SharedSettings):
-    """Options of `python grpo.py`: those of every run, and GRPO's own seven."""
+    """Options of `python grpo.py`: those of every run, and GRPO's own."""
 
     inner_steps: int = option(1, "updates on the same responses (TRL: num_iterations)",
                               low=1)
@@ -236,7 +237,7 @@ class Settings(SharedSettings):
                             "smaller std is dead", low=0)
 
     def resolved(self) -> "Settings":
-        """With the defaults that depend on the model; dr_grpo divides by no std."""
+        """With the model's defaults; `--loss dr_grpo` also sets `--advantage`."""
         if self.loss != "dr_grpo":
             return super().resolved()
         # Its authors' whole recipe: no std and a constant length.
@@ -245,11 +246,14 @@ class Settings(SharedSettings):
         return dataclasses.replace(super().resolved(), advantage="mean-only")
 
 
+# ------------------------------------------------------------------------- one update
+
+
 def update(run: Run, batch: Batch, optimizer: torch.optim.Optimizer,
            clock: Clock) -> dict:
     """GRPO's update: compare each response with its group, and learn from that."""
-    s, groups = run.settings, (len(batch.prompts), batch.group_size)
-    advantage, alive = make_advantage(batch.scores.unflatten(0, groups), run.weights,
+    s, shape = run.settings, (len(batch.prompts), batch.group_size)
+    advantage, alive = make_advantage(batch.scores.unflatten(0, shape), run.weights,
                                       s.advantage, s.min_std)  # (P, G), (P,)
     advantage = advantage.flatten()  # (B,)
     return {"advantage": advantage,
@@ -259,7 +263,7 @@ def update(run: Run, batch: Batch, optimizer: torch.optim.Optimizer,
 
 
 # What is added up over groups: the loss; and, over their tokens, the number, the
-# entropy, the exact KL to the reference, and how many get no gradient from [E5].
+# entropy, the exact KL to the reference, and how many are clipped.
 SUMS = ("loss", "tokens", "entropy", "kl", "clipped")
 
 
@@ -311,13 +315,15 @@ def train_group(run: Run, batch: Batch, advantage: Tensor, p: int,
         # ∇ log π. Clipping acts from the second inner step on.
         old = (stats.logp.detach() if s.inner_steps == 1
                else sampled.logp[index])  # (n, C)
-        weight = token_weights(mask.to(stats.logp.dtype), s.loss, len(advantage),
-                               step_tokens, s.max_new_tokens)  # (n, C)
+        weight = token_weights(
+            mask.to(stats.logp.dtype), s.loss, rows=len(advantage), tokens=step_tokens,
+            length=s.max_new_tokens)  # (n, C)
         # With one inner step and the default loss the surrogate's *value* is the mean
-        # advantage, which is 0 in every group. It says nothing of progress: watch R.
+        # advantage: 0 in every group. The loss says nothing of progress; watch R.
+        rows, _ = index
         loss, clipped = grpo_loss(
-            stats.logp, old, stats.logp_ref, advantage[index[0]].to(hidden.device),
-            weight, s.clip, s.beta, s.kl)
+            stats.logp, old, stats.logp_ref, advantage[rows].to(hidden.device), weight,
+            clip=s.clip, beta=s.beta, kl=s.kl)
         require(bool(loss.isfinite()), "the loss is not finite; lower --lr")
         loss.backward()
         sums["loss"] += loss.item()
@@ -379,7 +385,7 @@ def shuffled(prompts: list[Prompt], seed: int) -> Iterator[Prompt]:
 
 
 def draw_prompts(order: Iterator[Prompt], count: int) -> list[Prompt]:
-    """The next prompts. None twice: it would draw the same responses again."""
+    """The next prompts, each once: twice, it would draw the same responses again."""
     chosen: list[Prompt] = []
     while len(chosen) < count:
         prompt = next(order)
@@ -392,6 +398,15 @@ def set_rates(optimizer: torch.optim.Optimizer, step: int, steps: int) -> None:
     """A linear decay from each group's peak: the last steps settle, not wander."""
     for group in optimizer.param_groups:
         group["lr"] = group["peak"] * (1 - (step - 1) / steps)
+
+
+def require_movement(run: Run, metrics: dict) -> None:
+    """After a step with a gradient, some LoRA factor B must have left zero."""
+    if metrics.get("grad_norm", 0) > 0:
+        moved = any(bool(layer.lora_B["policy"].any())
+                    for layer in lora.layers(run.model).values())
+        require(moved, f"the adapter is still zero after step {metrics['step']}; "
+                "nothing is being learnt (is --lr too small?)")
 
 
 def train(run: Run, prompts: list[Prompt], method: Method) -> bool:
@@ -432,13 +447,7 @@ def train(run: Run, prompts: list[Prompt], method: Method) -> bool:
     return True
 
 
-def require_movement(run: Run, metrics: dict) -> None:
-    """After a step with a gradient, some LoRA factor B must have left zero."""
-    if metrics.get("grad_norm", 0) > 0:
-        moved = any(bool(layer.lora_B["policy"].any())
-                    for layer in lora.layers(run.model).values())
-        require(moved, f"the adapter is still zero after step {metrics['step']}; "
-                "nothing is being learnt (is --lr too small?)")
+# ------------------------- stop here: below, the life of a run, and the command line
 
 
 def align(settings: SharedSettings, name: str,
@@ -468,9 +477,6 @@ def align(settings: SharedSettings, name: str,
         save_policy(run)
         after = answer(run, held_out) if answer else evaluate(run, held_out, "after")
         finish(run, held_out, before, after, started)
-
-
-# -------------------------------------------------- stop here; below, the command line
 
 
 def main(argv: list[str] | None = None) -> None:

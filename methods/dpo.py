@@ -4,7 +4,7 @@ After arXiv 2305.18290. No sampling while it learns: the pairs are the base's ow
 answers, and all axes have become one "better than".
 
 Kept     The loss, and the base as its reference.
-Changed  A pair is the best and the worst of G answers by R, where people chose.
+Changed  A pair is the best and the worst of G answers by R, not by people's choice.
 Dropped  Nothing.
 
 [D1]  L = −log σ(β [(log π − log ref)(best) − (log π − log ref)(worst)]), log π summed
@@ -30,7 +30,7 @@ from run import Prompt, Run
 
 @dataclasses.dataclass(frozen=True)
 class Settings(offline.Settings):
-    """Options of `python -m methods dpo`; the tiny ones won a search."""
+    """Options of `python -m methods dpo`; the tiny model's defaults won a search."""
 
     lr: float = option(2e-3, "AdamW's learning rate", real=5e-5, above=0)
     beta: float = option(0.5, "sharpness of the preference; at 0 there is no gradient",

@@ -47,7 +47,7 @@ class Collected:
     """All groups of the first half, as tensors that a checkpoint keeps.
 
     Attributes:
-        state: tokens (S, B, C) of S steps; lengths, rewards (S, B); steps so far.
+        state: tokens (steps, B, C); lengths, rewards (steps, B); how many steps.
     """
 
     def __init__(self, run: Run) -> None:
@@ -60,7 +60,10 @@ class Collected:
         self.state = [self.tokens, self.lengths, self.rewards, self.steps]
 
     def update(self, batch: Batch, clock: Clock) -> dict:
-        """Keep a step's answers, for `grpo.Method`; nothing is learnt yet."""
+        """Keep a step's answers, for `grpo.Method`; nothing is learnt yet.
+
+        The advantages are GRPO's, and only go to samples.jsonl.
+        """
         step, mask = int(self.steps), batch.sampled.mask
         self.tokens[step, :, :mask.shape[1]] = batch.sampled.tokens.cpu()
         self.lengths[step] = mask.sum(1).cpu()
@@ -73,9 +76,9 @@ class Collected:
                 "dead_groups": 1 - alive.float().mean().item()}
 
     def live_groups(self, run: Run, prompts: list[Prompt]) -> list[Group]:
-        """Every group whose rewards differ: the others have no best answer."""
+        """Every group with a best answer: the std of its rewards is 1e-3 or more."""
         s, groups = run.settings, []
-        order = grpo.shuffled(prompts, s.seed)  # the same draws once more
+        order = grpo.shuffled(prompts, s.seed)  # drawn as `grpo.train` drew them
         for step in range(s.steps):
             rows = [ids[:n] for ids, n in zip(self.tokens[step].tolist(),
                                               self.lengths[step].tolist(), strict=True)]
@@ -114,7 +117,8 @@ def train(run: Run, prompts: list[Prompt], make: Callable[[Run, Group], object],
     Args:
         make: a group → an example.
         learn: adds the gradient of the mean loss over some examples, with the policy
-            active; returns this process's share of the loss, and the step's tokens.
+            active. Returns the loss (of this process's share of the examples) and the
+            number of tokens of all of them.
 
     Returns:
         False when it was asked to stop; a checkpoint is written.

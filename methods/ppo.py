@@ -5,8 +5,9 @@ After InstructGPT (arXiv 2203.02155) and PPO (arXiv 1707.06347).
 Kept     The critic V, generalised advantages, both clipped losses, the KL to the base
          as a price on every token, several passes over the same responses.
 Changed  The critic is a role of the one frozen base: adapter `value` and a head, which
-         starts at the mean R and not from the reward model. A pass over a step is one
-         update. λ is 1, where 0.95 is usual (results/methods).
+         begins as the mean R of the first step, not as the reward model. A pass over a
+         step is one update, without minibatches. λ is 1, where 0.95 is usual
+         (results/methods).
 Dropped  Pretraining text in the loss; an adaptive β.
 
 [P1]  r_t = −β (log π_old − log ref)_t + R · 1[t is the last token]
@@ -15,8 +16,9 @@ Dropped  Pretraining text in the loss; an adaptive β.
 [P3]  J = mean_t min(ρ A, clip(ρ, 1 ± ε) A), A whitened over the step
 [P4]  L_V = ½ mean_t max((V − Ret)², (V_old + clip(V − V_old, ± ε) − Ret)²)
 
-GRPO divides R by its group's std and has its KL beside it in the loss; here the KL is
-added to R, and the sum is whitened. So β is GRPO's 0.04 times that std (0.1 to 0.2).
+GRPO divides R by its group's std, and its KL stands beside it in the loss. Here β times
+the log-ratio is subtracted from R, and the advantage is whitened. GRPO's β of 0.04,
+times a typical std of 0.15, is the default of 0.006.
 
     python -m methods ppo
 
@@ -176,10 +178,12 @@ def make_experience(run: Run, critic: Critic,
     parallel.all_reduce(logp_ref, values)
     rewards = token_rewards(batch.reward.to(logp), logp, logp_ref, mask, s.beta)
     advantage, returns = gae(rewards, values, mask, s.gamma, s.lam)
-    left, whole = (x[mask].var(correction=0) for x in (returns - values, returns))
-    # Stays at 0 while the critic has learnt nothing (λ = 1; below it Ret holds V, too).
+    unexplained, whole = (x[mask].var(correction=0)
+                          for x in (returns - values, returns))
+    # The explained variance is near 0 until the critic has learnt something. (With
+    # λ < 1 the returns hold V themselves, and it says less.)
     metrics = {"kl_k1": (logp - logp_ref)[mask].mean().item(),
-               "explained_variance": 1 - (left / whole.clamp(min=1e-12)).item(),
+               "explained_variance": 1 - (unexplained / whole.clamp(min=1e-12)).item(),
                "advantage_std": advantage[mask].std(correction=0).item()}
     return Experience(logp, values, whiten(advantage, mask), returns), metrics
 
@@ -208,7 +212,8 @@ def add_gradients(run: Run, critic: Critic, batch: Batch,
 def update(run: Run, critic: Critic, optimizer: torch.optim.Optimizer, batch: Batch,
            clock: Clock) -> dict:
     """PPO's update: look back once, then learn several times from the same step."""
-    if not optimizer.state:  # else the critic would spend its first steps on the mean
+    # The first batch: else the critic would spend its first steps on learning the mean.
+    if not optimizer.state:
         nn.init.constant_(critic.head.bias, batch.reward.mean().item())
     with clock("values"):
         old, metrics = make_experience(run, critic, batch)
@@ -218,7 +223,8 @@ def update(run: Run, critic: Critic, optimizer: torch.optim.Optimizer, batch: Ba
         for _ in range(run.settings.epochs):
             metrics |= add_gradients(run, critic, batch, old)
             norms = optimizer_step(optimizer)
-    trained = 2 * run.settings.epochs * int(batch.sampled.mask.sum())  # and the critic
+    # Twice: the policy and the critic.
+    trained = 2 * run.settings.epochs * int(batch.sampled.mask.sum())
     return metrics | {"grad_norm": norms[0], "value_grad_norm": norms[1],
                       "trained_tokens": trained, "advantage": advantage}
 

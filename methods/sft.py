@@ -19,7 +19,7 @@ from run import Prompt, Run
 
 @dataclasses.dataclass(frozen=True)
 class Settings(offline.Settings):
-    """Options of `python -m methods sft`; the tiny ones won a search."""
+    """Options of `python -m methods sft`; the tiny model's defaults won a search."""
 
     lr: float = option(3e-3, "AdamW's learning rate", real=5e-5, above=0)
     epochs: int = option(6, "passes over the examples", real=1, low=1)

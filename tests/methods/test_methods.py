@@ -14,6 +14,7 @@
 import importlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -134,58 +135,20 @@ def test_a_run_is_resumed_by_its_own_method_only(tmp_path, monkeypatch):
 # ----------------------------------------------------------------- a method of your own
 
 
-RUNNING_MEAN = '''\
-"""REINFORCE: a response is compared with the running mean of R."""
-
-import dataclasses
-
-import torch
-
-import lora
-from grpo import Method, optimizer_step
-from plumbing.options import option
-from run import Settings as SharedSettings
-from sample import every_micro_batch, log_probs
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings(SharedSettings):
-    """Options of `python -m methods running_mean`."""
-
-    group_size: int = option(1, "responses a prompt; no group is needed", low=1)
-    decay: float = option(0.9, "of the running mean", low=0, below=1)
-
-
-def method(run):
-    """The adapter, and the mean of R so far."""
-    s, policy = run.settings, lora.parameters(run.model, "policy")
-    optimizer = torch.optim.AdamW([{"params": policy, "peak": s.lr}], weight_decay=0.0)
-    mean = torch.zeros(())
-
-    def update(batch, clock):
-        advantage = batch.reward - mean  # (B,)
-        with clock("training"):
-            for index, hidden, mask in every_micro_batch(run, batch, "policy"):
-                logp = log_probs(run, hidden, batch.sampled.tokens[index], mask)
-                loss = -(advantage[index[0]] @ logp.sum(1)) / len(advantage)
-                loss.backward()
-        mean.lerp_(batch.reward.mean(), 1 - s.decay)  # in place: `state` holds it
-        return {"advantage": advantage, "grad_norm": optimizer_step(optimizer)[0],
-                "trained_tokens": int(batch.sampled.mask.sum())}
-
-    return Method(optimizer, update, [*policy, mean])
-'''
+# The example of methods/README.md, word for word.
+REINFORCE = re.search(r"^```python\n(.*?)^```$", (ROOT / "methods" / "README.md")
+                      .read_text(), re.M | re.S)[1]
 
 
 def test_a_method_costs_a_file_of_40_lines(tmp_path, monkeypatch, capsys):
-    assert len(RUNNING_MEAN.splitlines()) <= 40
+    assert len(REINFORCE.splitlines()) <= 40
     (tmp_path / "more").mkdir()
-    (tmp_path / "more" / "running_mean.py").write_text(RUNNING_MEAN)
+    (tmp_path / "more" / "reinforce.py").write_text(REINFORCE)
     # As if the file lay beside the others, where `NAMES` lists it.
     monkeypatch.setattr(methods, "__path__", [*methods.__path__,
                                               str(tmp_path / "more")])
-    monkeypatch.setattr(program, "NAMES", [*program.NAMES, "running_mean"])
-    words = ["running_mean", *SHORT, "--steps", "4", "--group-size", "2", "--reward",
+    monkeypatch.setattr(program, "NAMES", [*program.NAMES, "reinforce"])
+    words = ["reinforce", *SHORT, "--steps", "4", "--group-size", "2", "--reward",
              "gold", "--save-every", "2"]
     try:
         program.main([*words, "--out", str(tmp_path / "whole")])
@@ -195,13 +158,13 @@ def test_a_method_costs_a_file_of_40_lines(tmp_path, monkeypatch, capsys):
             with pytest.raises(SystemExit) as end:
                 program.main([*words, "--out", str(tmp_path / "run")])
         assert end.value.code == 130
-        command = f"python -m methods running_mean --resume {tmp_path / 'run'}"
+        command = f"python -m methods reinforce --resume {tmp_path / 'run'}"
         assert f"go on with: {command}\n" in capsys.readouterr().err
         assert len(read_lines(tmp_path / "run" / "metrics.jsonl")) == 3
-        program.main(["running_mean", "--resume", str(tmp_path / "run")])
+        program.main(["reinforce", "--resume", str(tmp_path / "run")])
     finally:
-        sys.modules.pop("methods.running_mean", None)
-        vars(methods).pop("running_mean", None)
+        sys.modules.pop("methods.reinforce", None)
+        vars(methods).pop("reinforce", None)
     assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
     summary = read_json(tmp_path / "run" / "summary.json")
     assert summary["after"]["kl"] > 1e-9
