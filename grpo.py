@@ -34,6 +34,7 @@ row b = p·G + g. The objective also takes a micro-batch: n of the B rows, with 
 
 import contextlib
 import dataclasses
+import math
 import random
 import sys
 import time
@@ -70,6 +71,7 @@ from sample import (
     reference_hidden,
     sample_batch,
     sample_lines,
+    sampler_is_trainer,
     score_batch,
 )
 
@@ -147,10 +149,28 @@ def kl_estimate(logp: Tensor, logp_ref: Tensor, kind: str = "k3") -> Tensor:
     if kind == "k2":
         return delta.square() / 2
     # [E6] k3 = e^δ − δ − 1
-    # DEVIATES [E6]: from δ = 20 on, e^δ goes on as its tangent. One token that the
-    # policy has all but abandoned must not overflow the sum, and is still pulled back.
-    near = delta.clamp(max=20.0)
-    return near.exp() * (1 + (delta - near)) - delta - 1
+    return bounded_exp(delta) - delta - 1
+
+
+def bounded_exp(x: Tensor) -> Tensor:
+    """e^x, which from x = 20 on goes on as its tangent.
+
+    One token that a policy has all but abandoned, or found, must not overflow the sum;
+    the tangent's slope still pulls it back.
+    """
+    near = x.clamp(max=20.0)
+    return near.exp() * (1 + (x - near))
+
+
+def sampler_weight(logp_old: Tensor, logp_sampled: Tensor, mask: Tensor,
+                   cap: float = 2.0) -> Tensor:
+    """What corrects for a sampler that was not quite π_old: all tensors (B, C).
+
+    Sampled tokens weighted by w stand for tokens of π_old: E[w f] over π_sampled is
+    E[f] over π_old, but for the cap, which keeps a rare token from deciding a step.
+    """
+    # [E8] w = min(π_old(token) / π_sampled(token), 2)
+    return bounded_exp(torch.where(mask, logp_old - logp_sampled, 0.0)).clamp(max=cap)
 
 
 def token_weights(mask: Tensor, loss: str = "grpo", rows: int | None = None,
@@ -180,17 +200,18 @@ def token_weights(mask: Tensor, loss: str = "grpo", rows: int | None = None,
 
 def grpo_loss(logp: Tensor, logp_old: Tensor, logp_ref: Tensor | None,
               advantage: Tensor, weight: Tensor, clip: float = 0.2, beta: float = 0.04,
-              kl: str = "k3") -> tuple[Tensor, Tensor]:
+              kl: str = "k3", w: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Minus the objective, of all rows of a step or of a micro-batch.
 
     Args:
         logp: (B, C) log π of the sampled tokens, with gradient.
-        logp_old: (B, C) the same when they were sampled.
+        logp_old: (B, C) the same before the first update on them.
         logp_ref: (B, C) under the reference; may be None when beta is 0.
         advantage: (B,), one number for all tokens of a response.
         weight: (B, C) what each token counts, from `token_weights`; 0 in the padding,
             and only there.
         clip: ε; beta: weight of the KL term; kl: its estimator.
+        w: (B, C) from `sampler_weight`; None where sampler and trainer are one.
 
     Returns:
         the loss (scalar) and which tokens are clipped (B, C).
@@ -198,15 +219,16 @@ def grpo_loss(logp: Tensor, logp_old: Tensor, logp_ref: Tensor | None,
     mask, adv = weight > 0, advantage[:, None]  # (B, C), (B, 1)
     # [E4] ρ = π(token) / π_old(token)
     # `where` comes before exp: padding may hold anything, and 0 · inf is NaN.
-    ratio = torch.where(mask, logp - logp_old, 0.0).exp()  # (B, C)
+    ratio = bounded_exp(torch.where(mask, logp - logp_old, 0.0))  # (B, C)
     # [E5] min(ρ A, clip(ρ, 1 − ε, 1 + ε) A)
     # Flat where ρ has left 1 ± ε in the direction that A rewards. In the other
     # direction the minimum keeps the slope: such a token is pulled back.
     clipped = ratio.clamp(1 - clip, 1 + clip) * adv  # (B, C)
     surrogate = torch.minimum(ratio * adv, clipped)  # (B, C)
-    objective = surrogate  # (B, C)
+    # w stands apart from the clip, which is about how far π has moved from π_old.
+    objective = surrogate if w is None else w * surrogate  # (B, C)
     if beta > 0:
-        objective = surrogate - beta * torch.where(
+        objective = objective - beta * torch.where(
             mask, kl_estimate(logp, logp_ref, kl), 0.0)
     # [E7] J = Σ_b Σ_t weight_bt · ([E5] − β [E6]), by default with weight 1 / (B |o_b|)
     # of a response of |o_b| tokens: the mean of means. The loss is −J.
@@ -263,16 +285,20 @@ def update(run: Run, batch: Batch, optimizer: torch.optim.Optimizer,
 
 
 # What is added up over groups: the loss; and, over their tokens, the number, the
-# entropy, the exact KL to the reference, and how many are clipped.
-SUMS = ("loss", "tokens", "entropy", "kl", "clipped")
+# entropy, the exact KL to the reference, how many are clipped, and the squares of
+# log π_old − log π_sampled.
+SUMS = ("loss", "tokens", "entropy", "kl", "clipped", "off_sampler")
 
 
 def train_batch(run: Run, batch: Batch, advantage: Tensor, alive: Tensor,
-                optimizer: torch.optim.Optimizer, clock: Clock) -> dict[str, float]:
+                optimizer: torch.optim.Optimizer, clock: Clock,
+                logp_old: Tensor | None = None) -> dict[str, float]:
     """All inner steps on one batch; the metrics are those of the last one.
 
     Args:
         advantage: (B,); alive: (P,), from `make_advantage`.
+        logp_old: (B, C) of an earlier policy; by default π_old is the policy as it is,
+            whose log-probs the first inner step computes anyway.
     """
     s = run.settings
     # With beta 0 a dead group has no gradient: it is dropped before the forward pass.
@@ -282,28 +308,37 @@ def train_batch(run: Run, batch: Batch, advantage: Tensor, alive: Tensor,
     groups = [p for p in parallel.shard(range(len(batch.prompts))) if p in needed]
     with clock("reference"):
         reference = {p: reference_hidden(run, batch, p) for p in groups if s.beta > 0}
+    on_policy, width = logp_old is None, run.model.unembed.dtype
+    if on_policy:
+        logp_old = torch.zeros_like(
+            batch.sampled.logp, dtype=torch.promote_types(torch.float32, width))
     with clock("training"), lora.using(run.model, "policy"):
-        for _ in range(s.inner_steps):
+        for inner in range(s.inner_steps):
             sums = torch.zeros(len(SUMS), dtype=torch.float64)
             for p in groups:
-                sums += train_group(run, batch, advantage, p, reference.get(p))
+                sums += train_group(run, batch, advantage, p, reference.get(p),
+                                    logp_old, on_policy and inner == 0)
             [norm] = optimizer_step(optimizer)
     sums = sums.to(run.model.device)
     parallel.all_reduce(sums)
-    loss, tokens, entropy, kl, clipped = sums.tolist()
+    loss, tokens, entropy, kl, clipped, off_sampler = sums.tolist()
     metrics = {"loss": loss, "grad_norm": norm, "entropy": entropy / tokens,
                "clip_share": clipped / tokens,
+               "off_sampler_rms": math.sqrt(off_sampler / tokens),
                "trained_tokens": int(tokens) * s.inner_steps}
     return metrics | ({"kl": kl / tokens} if s.beta > 0 else {})
 
 
 def train_group(run: Run, batch: Batch, advantage: Tensor, p: int,
-                reference: list[Tensor] | None) -> Tensor:
+                reference: list[Tensor] | None, logp_old: Tensor,
+                on_policy: bool) -> Tensor:
     """Add the gradient of one group's share of [E7]; return SUMS over its tokens.
 
     Args:
         advantage: (B,), of the whole batch.
         reference: from `reference_hidden`, or None when beta is 0.
+        logp_old: (B, C), log π_old of the whole batch.
+        on_policy: the policy *is* π_old; its log-probs are written into `logp_old`.
     """
     s, sampled, sums = run.settings, batch.sampled, dict.fromkeys(SUMS, 0.0)
     step_tokens = int(sampled.mask.sum())
@@ -311,10 +346,12 @@ def train_group(run: Run, batch: Batch, advantage: Tensor, p: int,
         stats = row_statistics(
             hidden, run.model.unembed, sampled.tokens[index], mask, s.temperature,
             run.tokenizer.valid, reference and reference[i])
-        # With one inner step the policy is the one that sampled: ρ is 1, and ∇ρ is
-        # ∇ log π. Clipping acts from the second inner step on.
-        old = (stats.logp.detach() if s.inner_steps == 1
-               else sampled.logp[index])  # (n, C)
+        # In the first inner step the policy is π_old: ρ is 1, and ∇ρ is ∇ log π.
+        # Clipping acts from the second one on.
+        if on_policy:
+            logp_old[index] = stats.logp.detach()
+        old, drawn = logp_old[index], sampled.logp[index]  # (n, C)
+        w = None if sampler_is_trainer(run.model) else sampler_weight(old, drawn, mask)
         weight = token_weights(
             mask.to(stats.logp.dtype), s.loss, rows=len(advantage), tokens=step_tokens,
             length=s.max_new_tokens)  # (n, C)
@@ -323,13 +360,14 @@ def train_group(run: Run, batch: Batch, advantage: Tensor, p: int,
         rows, _ = index
         loss, clipped = grpo_loss(
             stats.logp, old, stats.logp_ref, advantage[rows].to(hidden.device), weight,
-            clip=s.clip, beta=s.beta, kl=s.kl)
+            clip=s.clip, beta=s.beta, kl=s.kl, w=w)
         require(bool(loss.isfinite()), "the loss is not finite; lower --lr")
         loss.backward()
         sums["loss"] += loss.item()
         sums["tokens"] += int(mask.sum())
         sums["entropy"] += stats.entropy.sum().item()
         sums["clipped"] += clipped.sum().item()
+        sums["off_sampler"] += (old - drawn)[mask].double().square().sum().item()
         if stats.kl is not None:
             sums["kl"] += stats.kl.sum().item()
     return torch.tensor(list(sums.values()), dtype=torch.float64)

@@ -7,7 +7,8 @@ computes log π again, needs the same rows:
   is True there. Masks come from lengths, never from token ids.
 * `logp` (B, C) is the log-probability under the distribution that was really sampled:
   temperature and the limit of the vocabulary included. There is no top-p or top-k: a
-  trainer that knows only π would disagree with a sampler that had cut its tail.
+  trainer that knows only π would disagree with a sampler that had cut its tail. What
+  rounding leaves between the two is measured, and corrected ([E8]).
 * Row b belongs to prompt p = b // G and is its response g = b % G.
 * All randomness is drawn before decoding, one number a token (`draw_uniforms`), so that
   neither the rows that have ended nor the other prompts of a batch change a draw.
@@ -342,6 +343,30 @@ def log_probs(run: Run, hidden: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
     """log π (n, C) from hidden states (n, C, D) and the tokens (n, C) they predict."""
     return row_logprobs(hidden, run.model.unembed, tokens, mask,
                         run.settings.temperature, run.tokenizer.valid)
+
+
+def sampler_is_trainer(model: Qwen) -> bool:
+    """Whether decoding and a training pass give the same log π.
+
+    In fp32 they differ by rounding alone, some 1e-6. In bf16 and fp16 they round
+    differently, by some 1e-2, since they multiply in other shapes.
+    """
+    return model.unembed.dtype in (torch.float32, torch.float64)
+
+
+@torch.no_grad()
+def trainer_logp(run: Run, batch: Batch) -> Tensor:
+    """log π_old (B, C) by the trainer's own pass, before the first update.
+
+    Where sampler and trainer are one, the sampler has computed it already.
+    """
+    if sampler_is_trainer(run.model):
+        return batch.sampled.logp
+    logp = torch.zeros_like(batch.sampled.logp)
+    for index, hidden, mask in every_micro_batch(run, batch, "policy"):
+        logp[index] = log_probs(run, hidden, batch.sampled.tokens[index], mask)
+    parallel.all_reduce(logp)
+    return logp
 
 
 @torch.no_grad()

@@ -154,7 +154,8 @@ def count_flops(run, chosen: list) -> dict[str, float]:
     flops = {"reference": counted.get_total_flops()}
     with counter() as counted, lora.using(run.model, "policy"):
         for p in range(len(chosen)):
-            grpo.train_group(run, batch, batch.reward, p, reference[p])
+            grpo.train_group(run, batch, batch.reward, p, reference[p],
+                             torch.zeros_like(batch.sampled.logp), on_policy=True)
     return flops | {"training": counted.get_total_flops()}
 
 

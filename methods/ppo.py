@@ -32,14 +32,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lora
-from grpo import Method, optimizer_step
+from grpo import Method, bounded_exp, optimizer_step, sampler_weight
 from model import Qwen
 from plumbing import parallel
 from plumbing.figures import Clock
 from plumbing.options import option
 from run import Run
 from run import Settings as SharedSettings
-from sample import Batch, every_micro_batch, log_probs
+from sample import (
+    Batch,
+    every_micro_batch,
+    log_probs,
+    sampler_is_trainer,
+    trainer_logp,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,16 +111,19 @@ def whiten(advantage: Tensor, mask: Tensor) -> Tensor:
 
 
 def ppo_loss(logp: Tensor, logp_old: Tensor, advantage: Tensor, mask: Tensor,
-             clip: float, tokens: int) -> Tensor:
+             clip: float, tokens: int, w: Tensor | None = None) -> Tensor:
     """The policy's loss of some rows of a step; all tensors (n, C).
 
     Args:
+        w: from `grpo.sampler_weight`; None where sampler and trainer are one.
         tokens: response tokens of the whole step, so that micro-batches add up.
     """
-    ratio = torch.where(mask, logp - logp_old, 0.0).exp()
+    ratio = bounded_exp(torch.where(mask, logp - logp_old, 0.0))
     # [P3] J = mean_t min(ρ A, clip(ρ, 1 ± ε) A)
     clipped = ratio.clamp(1 - clip, 1 + clip) * advantage
     surrogate = torch.minimum(ratio * advantage, clipped)
+    if w is not None:
+        surrogate = w * surrogate
     return -torch.where(mask, surrogate, 0.0).sum() / tokens
 
 
@@ -159,6 +168,7 @@ class Experience:
     """What PPO keeps of a step while it learns from it: all (B, C)."""
 
     logp_old: Tensor
+    w: Tensor | None  # [E8]
     values_old: Tensor
     advantage: Tensor
     returns: Tensor
@@ -169,7 +179,9 @@ def make_experience(run: Run, critic: Critic,
                     batch: Batch) -> tuple[Experience, dict[str, float]]:
     """From old values and log ref: [P1], [P2], whitened advantages; and metrics."""
     s, sampled = run.settings, batch.sampled
-    mask, logp = sampled.mask, sampled.logp  # the sampler knows log π_old
+    mask, logp = sampled.mask, trainer_logp(run, batch)
+    w = None if sampler_is_trainer(run.model) else sampler_weight(
+        logp, sampled.logp, mask)
     logp_ref, values = torch.zeros_like(logp), torch.zeros_like(logp)
     for index, hidden, own in every_micro_batch(run, batch, None):
         logp_ref[index] = log_probs(run, hidden, sampled.tokens[index], own).to(logp)
@@ -184,8 +196,10 @@ def make_experience(run: Run, critic: Critic,
     # λ < 1 the returns hold V themselves, and it says less.)
     metrics = {"kl_k1": (logp - logp_ref)[mask].mean().item(),
                "explained_variance": 1 - (unexplained / whole.clamp(min=1e-12)).item(),
-               "advantage_std": advantage[mask].std(correction=0).item()}
-    return Experience(logp, values, whiten(advantage, mask), returns), metrics
+               "advantage_std": advantage[mask].std(correction=0).item(),
+               "off_sampler_rms": (logp - sampled.logp)[mask].square().mean().sqrt(
+                   ).item()}
+    return Experience(logp, w, values, whiten(advantage, mask), returns), metrics
 
 
 def add_gradients(run: Run, critic: Critic, batch: Batch,
@@ -196,7 +210,7 @@ def add_gradients(run: Run, critic: Critic, batch: Batch,
     for index, hidden, mask in every_micro_batch(run, batch, "policy"):
         logp = log_probs(run, hidden, sampled.tokens[index], mask)
         loss = ppo_loss(logp, old.logp_old[index], old.advantage[index], mask, s.clip,
-                        tokens)
+                        tokens, None if old.w is None else old.w[index])
         loss.backward()
         sums[0] += loss.item()
     for index, hidden, mask in every_micro_batch(run, batch, "value"):

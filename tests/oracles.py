@@ -143,9 +143,14 @@ def row_logs(run_, batch, row: int, response: list[int]):
     return (policy.gather(1, chosen)[:, 0], ref.gather(1, chosen)[:, 0], policy, ref)
 
 
-def train_batch(run_, batch, advantage, alive=None) -> tuple[torch.Tensor | None, dict]:
-    """The gradient that `grpo.train_batch` hands to its optimizer, and its metrics."""
+def train_batch(run_, batch, advantage, alive=None,
+                on_policy=False) -> tuple[torch.Tensor | None, dict]:
+    """The gradient that `grpo.train_batch` hands to its optimizer, and its metrics.
+
+    Unless on_policy, π_old is what `make_batch` noted: not the policy as it is.
+    """
     recorder = Recorder(lora.parameters(run_.model, "policy"))
     alive = torch.ones(len(batch.prompts), dtype=torch.bool) if alive is None else alive
-    metrics = grpo.train_batch(run_, batch, advantage, alive, recorder, Clock())
+    metrics = grpo.train_batch(run_, batch, advantage, alive, recorder, Clock(),
+                               None if on_policy else batch.sampled.logp)
     return (recorder.gradients or [None])[0], metrics

@@ -1,6 +1,7 @@
 """A step's responses, and their rows again for training: the contract of sample.py.
 
-* The sampler's log-probs are the trainer's, and those of a full pass.
+* The sampler's log-probs are the trainer's, and those of a full pass; where they are
+  not, in bf16, their weight has the mean 1.
 * The states of a group's micro-batches, and those of the reference, are those of full
   passes, and together they are every token of the group once.
 * A prompt's draws depend on (seed, step, number of the prompt) alone: neither on the
@@ -10,6 +11,7 @@
 * The lines of samples.jsonl hold each response with its prompt, scores, R, advantage.
 """
 
+import dataclasses
 import json
 import math
 
@@ -20,8 +22,10 @@ from oracles import PROMPTS, make_batch, make_run, relative, row_logs
 import lora
 import model as qwen
 import sample
+from loading import TINY, load
 from logprob import row_logprobs
 from plumbing.files import UserError
+from run import Prompt
 from sample import Batch, draw_uniforms, sample_batch
 
 # ------------------------------------------------------------------------ the contract
@@ -46,6 +50,25 @@ def test_the_samplers_logp_is_the_trainers():
         for g, row in enumerate(rows):
             naive = row_logs(run, batch, 4 * p + g, row)[0]
             assert (logp[g, :len(row)] - naive).abs().max() < 1e-12
+
+
+def test_in_bf16_the_sampler_is_another_and_the_weight_stands_for_it():
+    """E[w] = 1 over what was sampled; the trainer's log-probs are its own."""
+    model, tokenizer = load(TINY, dtype=torch.bfloat16)
+    lora.attach(model, "policy", 4, 8)
+    run_ = dataclasses.replace(make_run(), model=model, tokenizer=tokenizer)
+    prompts = [Prompt(text, tokenizer.chat(text), i) for i, text in enumerate((
+        "How do I mend a flat tyre?", "I want to pick my neighbour's lock."))]
+    run_.settings = dataclasses.replace(run_.settings, max_new_tokens=24,
+                                        temperature=1.0)
+    assert not sample.sampler_is_trainer(model)
+    sampled = sample_batch(run_, prompts, 1, 32)
+    batch = Batch(prompts, sampled, torch.zeros(64, 2), torch.zeros(64))
+    logp, mask = sample.trainer_logp(run_, batch), sampled.mask
+    apart = (logp - sampled.logp)[mask]
+    assert 1e-4 < apart.square().mean().sqrt() < 0.1  # rounding, and no more
+    w = apart.exp()  # uncapped
+    assert w.mean().item() == pytest.approx(1, abs=4 * w.std().item() / len(w) ** 0.5)
 
 
 def full_pass(run, prompt: list[int], response: list[int], name) -> torch.Tensor:

@@ -9,6 +9,8 @@
 * On a real (tiny) Qwen with LoRA the gradient equals a naive reference with repeated
   prompts and full logits; padding, row order and micro-batches do not change it.
 * One inner step has ratio 1; two steps clip; the gradient is clipped to norm 1.
+* [E8] Weighted tokens of another sampler stand for the policy's; the weight is exactly
+  1 where sampler and trainer are one; a ratio that would overflow stays finite.
 * A dead group costs nothing without KL, pays its KL with it, and always counts.
 * The loss, the entropy and the KL that an update reports are exact; its advantages, as
   it reports them, are numpy's and the ones that it trained on.
@@ -409,7 +411,8 @@ def test_k3_of_an_abandoned_token_stays_finite_and_pulls_back(dtype):
 # ---------------------------------------------------- a real Qwen, small, in float64
 
 
-def naive_objective(run, batch, advantage, on_policy: bool = False) -> torch.Tensor:
+def naive_objective(run, batch, advantage, on_policy: bool = False,
+                    weighted: bool = False) -> torch.Tensor:
     """The objective in words: one row after the other, from scratch."""
     s, total, rows = run.settings, 0.0, batch.sampled.responses()
     tokens = sum(map(len, rows))
@@ -423,12 +426,14 @@ def naive_objective(run, batch, advantage, on_policy: bool = False) -> torch.Ten
         kl = {"k1": -delta, "k2": delta ** 2 / 2, "k3": delta.exp() - 1 - delta}[s.kl]
         share = {"grpo": 1 / (len(rows) * len(response)), "dapo": 1 / tokens,
                  "dr_grpo": 1 / (len(rows) * s.max_new_tokens)}[s.loss]
-        total = total + share * (bounded * adv - s.beta * kl).sum()
+        w = (logp.detach() - old).exp().clamp(max=2) if weighted else 1
+        total = total + share * (w * bounded * adv - s.beta * kl).sum()
     return total
 
 
-def naive_gradient(run, batch, advantage, on_policy: bool = False) -> torch.Tensor:
-    loss = -naive_objective(run, batch, advantage, on_policy)
+def naive_gradient(run, batch, advantage, on_policy: bool = False,
+                   weighted: bool = False) -> torch.Tensor:
+    loss = -naive_objective(run, batch, advantage, on_policy, weighted)
     return flat(torch.autograd.grad(loss, lora.parameters(run.model, "policy")))
 
 
@@ -437,7 +442,7 @@ def gradient(monkeypatch):
     """What `train_batch` hands to its optimizer, but not clipped to norm 1."""
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_",
                         lambda parameters, _: flat(p.grad for p in parameters).norm())
-    return lambda *arguments: train_batch(*arguments)[0]
+    return lambda *arguments, **named: train_batch(*arguments, **named)[0]
 
 
 CASES = [(loss, "k3", 0.3) for loss in LOSSES] + [
@@ -457,7 +462,8 @@ def test_gradient_equals_the_naive_reference(loss, kl, beta, gradient):
 def group_sums(run, batch, advantage, p: int) -> dict[str, float]:
     reference = reference_hidden(run, batch, p) if run.settings.beta > 0 else None
     with lora.using(run.model, "policy"):
-        sums = grpo.train_group(run, batch, advantage, p, reference)
+        sums = grpo.train_group(run, batch, advantage, p, reference,
+                                batch.sampled.logp, on_policy=False)
     return dict(zip(grpo.SUMS, sums.tolist(), strict=True))
 
 
@@ -511,7 +517,8 @@ def test_one_inner_step_is_the_policy_gradient(gradient):
         score = score + advantage[row] * logp.mean() / len(rows)
     wanted = flat(torch.autograd.grad(-score, lora.parameters(run.model, "policy")))
     # The ratio is 1 by definition: what the sampler noted (noise here) does not enter.
-    assert relative(gradient(run, batch, advantage), wanted) < 1e-12
+    own = gradient(run, batch, advantage, on_policy=True)
+    assert relative(own, wanted) < 1e-12
 
 
 @pytest.mark.parametrize(("inner_steps", "lr", "clips"), [
@@ -526,13 +533,93 @@ def test_clipping_starts_with_the_second_inner_step(inner_steps, lr, clips):
     assert (metrics["clip_share"] > 0) == clips
 
 
+def test_the_later_inner_steps_remember_the_policy_of_the_first():
+    run = make_run(inner_steps=2, beta=0.0)
+    batch, advantage, alive = make_batch(run)
+    policy = lora.parameters(run.model, "policy")
+
+    class Mover(Recorder):  # moves the policy once, after the first inner step
+        def step(self) -> None:
+            super().step()
+            if len(self.gradients) == 1:
+                with torch.no_grad():
+                    for p in self.parameters:
+                        p.mul_(1.1)
+
+    logs = [row_logs(run, batch, row, ids)[0].detach()
+            for row, ids in enumerate(batch.sampled.responses())]
+    mover = Mover(policy)
+    grpo.train_batch(run, batch, advantage, alive, mover, Clock())
+    # π_old is what the trainer computed then, not what the sampler noted (noise here).
+    noted = torch.nn.utils.rnn.pad_sequence(logs, batch_first=True)
+    batch.sampled = dataclasses.replace(batch.sampled, logp=noted)
+    wanted = naive_gradient(run, batch, advantage)
+    # Both were clipped to norm 1.
+    unit = wanted / max(1, wanted.norm())
+    assert relative(mover.gradients[1], unit) < 1e-4
+
+
+# ------------------------------------------- [E8] a sampler that is not the trainer
+
+
+def test_weighted_tokens_of_the_sampler_stand_for_tokens_of_the_policy():
+    """E[w f] over π_sampled = E[f] over π_old, by enumeration; the cap is 2."""
+    _, old, sampled, values = toy()
+    old, sampled = (torch.tensor(t).log_softmax(-1) for t in (old, sampled))
+    mask = torch.ones_like(old, dtype=torch.bool)
+    w = grpo.sampler_weight(old, sampled, mask, cap=math.inf)
+    anything = torch.tensor(np.resize(values, old.shape))
+    torch.testing.assert_close((sampled.exp() * w * anything).sum(-1),
+                               (old.exp() * anything).sum(-1), rtol=1e-12, atol=1e-12)
+    assert (sampled.exp() * w).sum(-1).tolist() == pytest.approx([1.0] * len(old))
+    assert (w > 2).any()
+    capped = grpo.sampler_weight(old, sampled, mask)
+    torch.testing.assert_close(capped, w.clamp(max=2))
+    assert (grpo.sampler_weight(old, sampled + math.nan, ~mask) == 1).all()  # padding
+
+
+@every_loss
+def test_the_weight_multiplies_the_surrogate_alone(loss, gradient, monkeypatch):
+    run = make_run(loss=loss, inner_steps=1)
+    batch, advantage, _ = make_batch(run)
+    plain = gradient(run, batch, advantage, on_policy=True)
+    # Where sampler and trainer are one, what it noted changes nothing, to the bit.
+    noted = batch.sampled
+    batch.sampled = dataclasses.replace(noted, logp=noted.logp + 1)
+    assert torch.equal(gradient(run, batch, advantage, on_policy=True), plain)
+    batch.sampled = noted
+    monkeypatch.setattr(grpo, "sampler_is_trainer", lambda model: False)
+    own, metrics = train_batch(run, batch, advantage, on_policy=True)
+    wanted = naive_gradient(run, batch, advantage, on_policy=True, weighted=True)
+    assert relative(own, wanted) < 1e-12
+    assert relative(own, plain) > 1e-3
+    with torch.no_grad():
+        squares = [(row_logs(run, batch, row, ids)[0] - noted.logp[row, :len(ids)])
+                   .square() for row, ids in enumerate(noted.responses())]
+    assert metrics["off_sampler_rms"] == pytest.approx(
+        torch.cat(squares).mean().sqrt().item(), rel=1e-10)
+
+
+def test_a_ratio_that_would_overflow_stays_finite_and_pulls_back():
+    logp = torch.tensor([[5.0, 200.0, 2e4]], requires_grad=True)
+    loss, clipped = grpo.grpo_loss(logp, torch.zeros(1, 3), None, torch.tensor([-1.0]),
+                                   torch.full((1, 3), 1 / 3), beta=0.0)
+    loss.backward()
+    assert loss.isfinite()
+    assert logp.grad.isfinite().all()
+    assert (logp.grad > 0).all()  # a smaller loss is a smaller log π
+    assert logp.grad[0, 0].item() == pytest.approx(math.exp(5) / 3, rel=1e-6)
+    assert not clipped.any()
+
+
 def test_the_gradient_is_clipped_to_norm_1_and_reported_before():
     run = make_run()
     batch, advantage, alive = make_batch(run)
     advantage *= 100
     wanted = naive_gradient(run, batch, advantage)
     recorder = Recorder(lora.parameters(run.model, "policy"))
-    metrics = grpo.train_batch(run, batch, advantage, alive, recorder, Clock())
+    metrics = grpo.train_batch(run, batch, advantage, alive, recorder, Clock(),
+                               batch.sampled.logp)
     assert wanted.norm() > 2
     assert metrics["grad_norm"] == pytest.approx(wanted.norm().item(), rel=1e-9)
     assert relative(recorder.gradients[0], wanted / wanted.norm()) < 1e-5
@@ -561,7 +648,7 @@ def test_a_dead_group_only_pays_kl_and_still_counts(loss, beta, gradient, monkey
     run = make_run(loss=loss, beta=beta, inner_steps=1)
     batch, advantage, alive = make_batch(run, dead=1)
     seen = count_groups(monkeypatch)
-    own = gradient(run, batch, advantage, alive)
+    own = gradient(run, batch, advantage, alive, on_policy=True)
     assert seen == ([0, 1, 2] if beta else [0, 2])
     # The reference divides by all rows and tokens, the dead group's among them.
     wanted = naive_gradient(run, batch, advantage, on_policy=True)
@@ -625,7 +712,8 @@ def test_an_update_trains_on_the_advantages_of_its_kind(kind):
     advantage, alive = grpo.make_advantage(batch.scores.view(3, 4, 2), run.weights,
                                            kind, 0.1)
     assert alive.tolist() == [True, False, False]  # by default, group 2 lives
-    wanted, figures = train_batch(run, batch, advantage.flatten(), alive)
+    wanted, figures = train_batch(run, batch, advantage.flatten(), alive,
+                                  on_policy=True)
     recorder = Recorder(lora.parameters(run.model, "policy"))
     metrics = grpo.update(run, batch, recorder, Clock())
     assert torch.equal(recorder.gradients[0], wanted)
@@ -681,7 +769,7 @@ def test_an_adapter_that_stays_at_zero_is_refused():
 def test_a_loss_that_is_not_finite_is_refused():
     run = make_run()
     batch, advantage, _ = make_batch(run)
-    batch.sampled.logp[0, 0], advantage[0] = -1e4, -1.0  # ratio e^9996
+    advantage[0] = math.nan
     with pytest.raises(UserError, match="loss is not finite"):
         group_sums(run, batch, advantage, 0)
 

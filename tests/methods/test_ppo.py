@@ -17,6 +17,7 @@ import torch
 from oracles import make_batch, make_run, relative, row_logs
 
 import lora
+import sample
 from methods import __main__ as methods
 from methods import ppo
 from plumbing.figures import Clock
@@ -187,6 +188,26 @@ def test_a_step_of_ppo_equals_the_naive_one(step):
     assert losses["value_loss"] == pytest.approx(value.item(), rel=1e-9)
     wanted = torch.autograd.grad(policy + value, parameters)
     assert relative(gradient, torch.cat([g.flatten() for g in wanted])) < 1e-9
+
+
+def test_the_old_policy_is_the_trainers_where_the_sampler_is_another(step,
+                                                                     monkeypatch):
+    run, critic, batch = step
+    noted = batch.sampled.logp
+    for module in (ppo, sample):
+        monkeypatch.setattr(module, "sampler_is_trainer", lambda model: False)
+    old, metrics = ppo.make_experience(run, critic, batch)
+    logp = pad([row_logs(run, batch, i, response)[0].detach()
+                for i, response in enumerate(batch.sampled.responses())])
+    mask = batch.sampled.mask
+    torch.testing.assert_close(old.logp_old[mask], logp[mask], rtol=0, atol=1e-9)
+    torch.testing.assert_close(old.w[mask], (logp - noted).exp().clamp(max=2)[mask],
+                               rtol=1e-9, atol=0)
+    assert metrics["off_sampler_rms"] == pytest.approx(
+        (logp - noted)[mask].square().mean().sqrt().item(), rel=1e-9)
+    tokens = int(mask.sum())
+    loss = ppo.add_gradients(run, critic, batch, old)["loss"]
+    assert loss == pytest.approx(-(old.w * old.advantage)[mask].sum().item() / tokens)
 
 
 def test_an_update_starts_the_critic_at_the_mean_reward_and_only_once(step):
