@@ -30,8 +30,6 @@ from sample import (
     score_groups,
 )
 
-ROWS = 32  # responses that are sampled at a time
-
 
 @torch.no_grad()
 def evaluate(run: Run, prompts: list[Prompt], title: str,
@@ -45,7 +43,9 @@ def evaluate(run: Run, prompts: list[Prompt], title: str,
         title: of the progress bar.
         best_of: how often to answer; the response that the reward likes best is kept.
     """
-    size, batches, sums, drawn = max(1, ROWS // best_of), [], [], 0
+    # As many rows at a time as a training step has, which the planner has counted.
+    rows = run.settings.prompts_per_step * run.settings.group_size
+    size, batches, sums, drawn = max(1, rows // best_of), [], [], 0
     with tqdm(total=len(prompts), desc=title, unit="prompt",
               **parallel.progress()) as bar:
         for start in range(0, len(prompts), size):

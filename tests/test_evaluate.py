@@ -9,6 +9,7 @@
 * `describe` says what numpy says.
 """
 
+import dataclasses
 import json
 import math
 
@@ -54,7 +55,8 @@ def test_an_evaluation_reports_them_a_token_whatever_its_batches(monkeypatch):
     assert figures["kl"] == pytest.approx(kl / tokens, rel=1e-10)
     assert figures["base_perplexity"] == pytest.approx(math.exp(surprise / tokens),
                                                        rel=1e-10)
-    monkeypatch.setattr(evaluate, "ROWS", 2)  # two batches, for three prompts
+    # Two batches, for three prompts.
+    run.settings = dataclasses.replace(run.settings, prompts_per_step=1, group_size=2)
     again, same = evaluate.evaluate(run, PROMPTS, "before")
     assert same == answers
     reward = figures.pop("reward_model"), again.pop("reward_model")
