@@ -28,10 +28,10 @@ def print_tables(folders: list[str], drawable: list[str]) -> None:
 
 def write_pages(folders: list[str], drawable: list[str]) -> None:
     """Page and picture of every run that has what they show; say which are written."""
-    with_curves = bool(drawable) and plot.can_draw()
     for folder in map(Path, drawable):
         print(f"wrote {report.write(folder)}")
-        if with_curves:
+    if drawable and plot.can_draw():
+        for folder in map(Path, drawable):
             print(f"wrote {plot.write(folder)}")
     without = [folder for folder in folders
                if folder not in drawable and has_summary(folder)]
