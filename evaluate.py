@@ -18,7 +18,7 @@ import lora
 from data import rubric
 from logprob import row_statistics
 from plumbing import parallel
-from plumbing.files import read_json, write_json
+from plumbing.files import finite, read_json, write_json
 from reward_model import combine
 from run import BEFORE, Prompt, Run
 from sample import (
@@ -62,7 +62,7 @@ def evaluate(run: Run, prompts: list[Prompt], title: str,
     ended = [end for batch in batches for end in batch.sampled.ended.tolist()]
     figures = {who: means(run, torch.cat(scores))
                for who, scores in scores_by_judge(run, batches).items()}
-    figures |= {"kl": kl / tokens, "base_perplexity": math.exp(surprise / tokens),
+    figures |= {"kl": kl / tokens, "base_perplexity": perplexity(surprise / tokens),
                 "distinct_3_grams": distinct_3_grams(answers),
                 "length": tokens / len(prompts), "cut_off": 1 - sum(ended) / len(ended),
                 "tokens_an_answer": drawn / len(prompts)}  # best of n draws n answers
@@ -90,6 +90,11 @@ def means(run: Run, scores: Tensor) -> dict[str, float]:
     """Mean of each axis, and mean R, of scores (n, K)."""
     by_axis = dict(zip(run.axes, scores.mean(0).tolist(), strict=True))
     return by_axis | {"R": combine(scores, run.weights).mean().item()}
+
+
+def perplexity(surprise: float) -> float | None:
+    """exp of nats a token; None where that is beyond a float, as it can be if cold."""
+    return math.exp(surprise) if surprise < 709 else None
 
 
 def distinct_3_grams(texts: list[str]) -> float:
@@ -134,10 +139,10 @@ def answers_before(run: Run, held_out: list[Prompt]) -> tuple[dict, list[str]]:
     before = [saved.get("figures"), saved.get("answers")]
     if saved.get("sha256") != sha256_of(before):  # there is none, or it is damaged
         # The checkpoint is not loaded yet: the adapter is zero, the policy the base.
-        before = list(evaluate(run, held_out, "before"))
+        before = finite(list(evaluate(run, held_out, "before")))
         if parallel.rank() == 0:
             write_json(path, {"figures": before[0], "answers": before[1],
-                              "sha256": sha256_of(before)})
+                              "sha256": sha256_of(before), "cost": run.cost.so_far()})
     return tuple(before)
 
 

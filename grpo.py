@@ -10,8 +10,9 @@ Kept     A reward model regresses several scores for a prompt and a response; a
 Changed  Policy, reference and reward model are roles of one frozen base: no second
          model is in memory. Each of them computes a prompt once for its whole group.
          log π comes without full logits. A group of nearly equal rewards (--min-std)
-         has no advantage. The KL that is reported is exact over the vocabulary, and is
-         KL(π ‖ ref); the estimator is only in the loss.
+         has no advantage. Where sampler and trainer round differently (bf16, fp16),
+         tokens are weighted by [E8]. The KL that is reported is exact over the
+         vocabulary, and is KL(π ‖ ref); the estimator is only in the loss.
 Dropped  Nothing of the objective, as far as we know. There is no mixed-precision
          machinery and no top-p in training.
 
@@ -19,14 +20,14 @@ Dropped  Nothing of the objective, as far as we know. There is no mixed-precisio
     python grpo.py --weights safety=2,politeness=0  # what do you want it to become?
     python grpo.py --model DIR                      # a real Qwen2, Qwen2.5 or Qwen3
 
-Read downwards, to the line that says stop. The objective is the paper's; the update
-applies it to one batch of scored responses; the loop makes the batches, for any method
-that learns from fresh samples (`methods/`). How scores become R, [E2], stands in
+Read downwards, to the line that says stop. The objective is as the abstract has it; the
+update applies it to one batch of scored responses; the loop makes the batches, for any
+method that learns from fresh samples (`methods/`). How scores become R, [E2], stands in
 `reward_model.py`; how a response is sampled, and its rows computed again, in
 `sample.py`; what a run reads and writes, in `run.py`.
 
 We had the paper's abstract and summaries, not its full text: "kept" means what these
-say, and the tags [E1] to [E7] and [L1] are ours.
+say, and the tags [E1] to [E8] and [L1] are ours.
 
 Shapes: P prompts a step, G responses a prompt, B = P·G rows, C response tokens, K axes;
 row b = p·G + g. The objective also takes a micro-batch: n of the B rows, with N tokens.
@@ -36,6 +37,7 @@ import contextlib
 import dataclasses
 import math
 import random
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -48,7 +50,7 @@ import lora
 from evaluate import answers_before, describe, evaluate
 from logprob import row_statistics
 from plumbing import parallel
-from plumbing.figures import Clock
+from plumbing.figures import Clock, Cost
 from plumbing.files import one_line_errors, only_writer, require
 from plumbing.options import option
 from reward_model import combine
@@ -58,6 +60,7 @@ from run import (
     Run,
     announce,
     command_of,
+    earlier_cost,
     finish,
     free_folder,
     prepare,
@@ -155,7 +158,7 @@ def kl_estimate(logp: Tensor, logp_ref: Tensor, kind: str = "k3") -> Tensor:
 def bounded_exp(x: Tensor) -> Tensor:
     """e^x, which from x = 20 on goes on as its tangent.
 
-    One token that a policy has all but abandoned, or found, must not overflow the sum;
+    One token whose probability has changed beyond measure must not overflow the sum;
     the tangent's slope still pulls it back.
     """
     near = x.clamp(max=20.0)
@@ -225,7 +228,8 @@ def grpo_loss(logp: Tensor, logp_old: Tensor, logp_ref: Tensor | None,
     # direction the minimum keeps the slope: such a token is pulled back.
     clipped = ratio.clamp(1 - clip, 1 + clip) * adv  # (B, C)
     surrogate = torch.minimum(ratio * adv, clipped)  # (B, C)
-    # w stands apart from the clip, which is about how far π has moved from π_old.
+    # w stands apart from the clip, which is about how far π has moved from π_old. The
+    # KL goes without it: it is a penalty on these tokens, not a gain to estimate.
     objective = surrogate if w is None else w * surrogate  # (B, C)
     if beta > 0:
         objective = objective - beta * torch.where(
@@ -308,10 +312,10 @@ def train_batch(run: Run, batch: Batch, advantage: Tensor, alive: Tensor,
     groups = [p for p in parallel.shard(range(len(batch.prompts))) if p in needed]
     with clock("reference"):
         reference = {p: reference_hidden(run, batch, p) for p in groups if s.beta > 0}
-    on_policy, width = logp_old is None, run.model.unembed.dtype
+    on_policy = logp_old is None
     if on_policy:
-        logp_old = torch.zeros_like(
-            batch.sampled.logp, dtype=torch.promote_types(torch.float32, width))
+        dtype = torch.promote_types(torch.float32, run.model.unembed.dtype)
+        logp_old = torch.zeros_like(batch.sampled.logp, dtype=dtype)
     with clock("training"), lora.using(run.model, "policy"):
         for inner in range(s.inner_steps):
             sums = torch.zeros(len(SUMS), dtype=torch.float64)
@@ -498,7 +502,7 @@ def align(settings: SharedSettings, name: str,
         train_by: trains the policy; False when it was asked to stop.
         answer: gives figures and answers after the training (default: `evaluate`).
     """
-    started = time.perf_counter()
+    cost = Cost(earlier_cost(settings.resume))
     with contextlib.ExitStack() as stack:
         stack.enter_context(parallel.together(settings.device))
         settings = dataclasses.replace(
@@ -506,15 +510,16 @@ def align(settings: SharedSettings, name: str,
         if parallel.rank() == 0:  # before anything that takes long
             stack.enter_context(only_writer(settings.out))
         run, prompts, held_out = prepare(settings, name)
+        run.cost = cost
         announce(run)
         before = answers_before(run, held_out)
         if not train_by(run, prompts):
-            print(f"stopped; go on with: {command_of(name)} --resume {run.folder}",
-                  file=sys.stderr)
+            print(f"stopped; go on with: {command_of(name)} --resume "
+                  f"{shlex.quote(str(run.folder))}", file=sys.stderr)
             sys.exit(130)
         save_policy(run)
         after = answer(run, held_out) if answer else evaluate(run, held_out, "after")
-        finish(run, held_out, before, after, started)
+        finish(run, held_out, before, after)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -6,21 +6,20 @@ loaded as it was meant or refused in one line.
 
 import dataclasses
 import hashlib
-import json
 import math
 import re
 from pathlib import Path
 
-import jinja2
-import jinja2.sandbox
 import safetensors
-import tokenizers
 import torch
 from torch import Tensor, nn
 
 from model import Config, Qwen
+from plumbing import machine
 from plumbing.figures import available_memory
 from plumbing.files import UserError, read_json, require, verify_checksums
+from plumbing.machine import note
+from tokenizer import Tokenizer
 
 TINY = Path(__file__).resolve().parent / "data" / "tiny"
 SIZES = {"tiny": str(TINY)} | {
@@ -36,6 +35,16 @@ SHAPES = {
     "7b": (3584, 18944, 28, 28, 4, 152064, False),
     "14b": (5120, 13824, 48, 40, 8, 152064, False),
 }
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+# Buffers that older tools saved: they are computed from the config.
+COMPUTED = re.compile(
+    r"rotary_emb\.(original_inv_freq|inv_freq|cos_cached|sin_cached)$")
+# What only quantised weights have: GPTQ, AWQ, bitsandbytes, fp8, compressed-tensors.
+PACKED = re.compile(
+    r"\.(qweight|qzeros|scales|g_idx|SCB|weight_(scale|scale_inv|packed|zero_point|"
+    r"shape|format)|weight\.(absmax|quant_map|quant_state|nested_absmax).*)$")
+FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 def is_tiny(source: str | Path) -> bool:
@@ -58,8 +67,10 @@ def pick_device(name: str | None) -> str:
 
 
 def base_name(source: str | Path) -> str:
-    """What an adapter calls its base: nobody's home folder gets into the tiny one's."""
-    return "data/tiny" if is_tiny(source) else str(source)
+    """What an adapter calls its base: its Hub name, or a folder's; nobody's home."""
+    if is_tiny(source):
+        return "data/tiny"
+    return short_name(source) if Path(source).is_dir() else str(source)
 
 
 # ---------------------------------------------------------------------------- config
@@ -75,20 +86,14 @@ def read_config(path: Path) -> Config:
     kind = raw.get("model_type")
     require(kind in ("qwen2", "qwen3"), f"{path}: model_type is {kind!r}; only dense "
             "qwen2 (Qwen2, Qwen2.5) and qwen3 checkpoints can be read")
-    # Newer files keep the rotary base inside `rope_parameters`.
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    require(isinstance(rope, dict), f"{path}: rope_parameters must be an object")
-    scaling = rope.get("rope_type", rope.get("type", "default"))
-    require(scaling == "default", f"{path}: rotary scaling {scaling!r} is not "
-            "supported; remove rope_scaling to use the native context length")
-    kinds = raw.get("layer_types") or []
-    full = isinstance(kinds, list) and all(k == "full_attention" for k in kinds)
-    require(full and not raw.get("use_sliding_window"),
-            f"{path}: sliding-window attention is not supported")
+    _refuse_quantised(raw, path)
+    _refuse_sliding(raw, path)
     require(raw.get("hidden_act", "silu") == "silu",
             f"{path}: hidden_act is {raw.get('hidden_act')!r}, expected 'silu'")
-    values = {"rope_theta": rope.get("rope_theta", 10000.0), "head_dim": None,
-              "tie_word_embeddings": False, "rms_norm_eps": 1e-6} | raw
+    # What transformers takes where the file says nothing.
+    values = {"tie_word_embeddings": False, "rms_norm_eps": 1e-6,
+              "head_dim": 128 if kind == "qwen3" else None
+              } | raw | {"rope_theta": _rotary_base(raw, path)}
     if values["head_dim"] is None:
         values["head_dim"] = _quotient(raw, "hidden_size", "num_attention_heads", path)
     for field in dataclasses.fields(Config):
@@ -104,6 +109,68 @@ def read_config(path: Path) -> Config:
     _quotient(raw, "num_attention_heads", "num_key_value_heads", path)
     require(config.head_dim % 2 == 0, f"{path}: head_dim must be even")
     return config
+
+
+def _rotary_base(raw: dict, path: Path) -> object:
+    """The rotary base, from whichever of its three places transformers reads.
+
+    Newer files keep it inside `rope_parameters`, which may name layer types, or inside
+    `rope_scaling`; there it wins over a `rope_theta` at the top.
+    """
+    bases: dict[str, object] = {}
+    for key in ("rope_parameters", "rope_scaling"):
+        rope = raw.get(key) or {}
+        require(isinstance(rope, dict), f"{path}: {key} must be an object")
+        rope = rope.get("full_attention", rope)
+        flat = isinstance(rope, dict) and not any(
+            isinstance(value, dict) for value in rope.values())
+        require(flat, f"{path}: {key} must hold full_attention, or no layer types")
+        scaling = rope.get("rope_type") or rope.get("type") or "default"
+        require(scaling == "default", f"{path}: rotary scaling {scaling!r} is not "
+                f"supported; remove {key} to use the native context length")
+        if rope:
+            bases[key] = rope.get("rope_theta")
+    require(len(set(map(repr, bases.values()))) < 2, f"{path}: rope_parameters and "
+            "rope_scaling differ in their rope_theta; remove one of them")
+    key, base = next(iter(bases.items()), ("", None))
+    top = raw.get("rope_theta", 10000.0)
+    if base is not None and "rope_theta" in raw and top != base:
+        note(f"{path}: rope_theta is {top!r:.40} at the top and {base!r:.40} in {key}; "
+             "the latter is used, as in transformers")
+    return top if base is None else base
+
+
+def _refuse_sliding(raw: dict, path: Path) -> None:
+    """Layers with a window are refused; a window that no layer uses is none.
+
+    So are layers that look ahead, as those of embedding models may.
+    """
+    require(raw.get("is_causal", True) is not False, f"{path}: is_causal is false; "
+            "only models that read from left to right are supported")
+    kinds = raw.get("layer_types")
+    if kinds is None and raw.get("use_sliding_window"):
+        first, layers = raw.get("max_window_layers", 28), raw.get("num_hidden_layers")
+        slides = raw.get("sliding_window", 4096) is not None
+        slides = slides and not (type(first) is type(layers) is int and first >= layers)
+        kinds = ["sliding_attention"] if slides else []
+    full = kinds is None or (
+        isinstance(kinds, list) and all(k == "full_attention" for k in kinds))
+    require(full, f"{path}: sliding-window attention is not supported; only layers of "
+            "full attention can be read")
+
+
+def _refuse_quantised(raw: dict, path: Path) -> None:
+    """Rounded weights cannot be read: what was rounded off is gone."""
+    plan = raw.get("quantization_config") or raw.get("compression_config")
+    if not plan:
+        return
+    word = plan.get("quant_method") if isinstance(plan, dict) else None
+    bits = isinstance(plan, dict) and (plan.get("load_in_4bit")
+                                       or plan.get("load_in_8bit"))
+    if word == "bitsandbytes" or (word is None and bits):
+        word = "bitsandbytes (bnb)"
+    require(False, f"{path}: the weights are quantised with {word or 'something'!s:.40}"
+            "; use the checkpoint in bf16, fp16 or fp32 that they were made from")
 
 
 def known_config(source: str | Path) -> Config:
@@ -147,132 +214,6 @@ def base_parameters(model: Qwen) -> dict[str, Tensor]:
             for name, weight in model.named_parameters() if ".lora_" not in name}
 
 
-# ------------------------------------------------------------------------- tokenizer
-
-
-class Tokenizer:
-    """Text ↔ ids, and ChatML by the checkpoint's own template.
-
-    Attributes:
-        stop_ids: every id that ends a response.
-        control: control token → id.
-        valid: V' ≤ V, how many ids the tokenizer has; Qwen pads its vocabulary, and
-            sampler and loss both cut the rows beyond off the head.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        path = folder / "tokenizer.json"
-        try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-            # With these the library panics, or encodes at random.
-            odd = [key for key in ("continuing_subword_prefix", "dropout")
-                   if raw["model"].get(key)]
-            if odd:
-                raise ValueError(f"{odd[0]} is set; a plain byte-level BPE has none")
-            self.control = {t["content"]: t["id"] for t in raw["added_tokens"]}
-            self._whole = tokenizers.Tokenizer.from_file(str(path))
-            # Training scripts leave these behind; a prompt must not be cut in silence.
-            self._whole.no_truncation()
-            self._whole.no_padding()
-            # A second tokenizer that has never heard of control tokens: whatever a
-            # person types, it can only produce ordinary text.
-            self._plain = tokenizers.Tokenizer(self._whole.model)
-            self._plain.normalizer = self._whole.normalizer
-            self._plain.pre_tokenizer = self._whole.pre_tokenizer
-        except BaseException as error:
-            # The library raises bare Exception, and panics with a class of its own.
-            if not isinstance(error, Exception) and "Panic" not in type(error).__name__:
-                raise
-            raise UserError(f"cannot read {path}: {error}; it must be a complete "
-                            "tokenizer.json of a Qwen checkpoint") from error
-        ids = self._whole.get_vocab(with_added_tokens=True)
-        self.valid = max(ids.values(), default=-1) + 1
-        # The library gives control tokens behind a gap other ids than the file does.
-        renumbered = any(ids.get(token) != i for token, i in self.control.items())
-        require(len(set(ids.values())) == self.valid > 0 and not renumbered,
-                f"{path}: ids are not 0 to {self.valid - 1} without gaps")
-        pieces = sorted(map(re.escape, self.control), key=len, reverse=True)
-        self._split = re.compile("(" + "|".join(pieces) + ")") if pieces else None
-        self.template = self._read_template(folder)
-        self.stop_ids = self._read_stops(folder)
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of a text in which control tokens mean nothing."""
-        return self._plain.encode(text, add_special_tokens=False).ids
-
-    def decode(self, ids: list[int]) -> str:
-        """The text of ids, control tokens left out."""
-        return self._whole.decode(ids, skip_special_tokens=True)
-
-    def chat(self, prompt: str, system: str | None = None) -> list[int]:
-        """Ids of one user turn and the opening of the answer.
-
-        The template is rendered with place-holders, cut at the control tokens that are
-        the template's own, and only then filled with the person's text: `<|im_start|>`
-        typed by a person stays ordinary text.
-
-        Raises:
-            UserError: the prompt is empty or not UTF-8, or the template is no chat's.
-        """
-        require(bool(prompt.strip()), "the prompt is empty; write a question")
-        for text in (prompt, system or ""):
-            require(not any("\ud800" <= c <= "\udfff" for c in text), "the text is not "
-                    "UTF-8: it holds bytes that are no letters")
-        texts = {"\ue000user\ue001": prompt}
-        messages = [{"role": "user", "content": "\ue000user\ue001"}]
-        if system is not None:
-            texts["\ue000system\ue001"] = system
-            messages.insert(0, {"role": "system", "content": "\ue000system\ue001"})
-        try:
-            # Qwen3 would think aloud first, and a short answer would be all thought.
-            rendered = self.template.render(
-                messages=messages, add_generation_prompt=True, tools=None,
-                enable_thinking=False)
-        except Exception as error:  # a stranger's program may raise anything
-            raise UserError(f"the checkpoint's chat template fails: {error}") from error
-        require(all(mark in rendered for mark in texts),
-                "the checkpoint's chat template drops what the person said")
-        ids, pattern = [], re.compile("|".join(texts))
-        for piece in self._split.split(rendered) if self._split else [rendered]:
-            if piece in self.control:
-                ids.append(self.control[piece])
-            elif piece:
-                ids += self.encode(pattern.sub(lambda m: texts[m[0]], piece))
-        require(len(ids) > 1, "the checkpoint's chat template adds nothing to the "
-                "prompt; use an Instruct checkpoint")
-        return ids
-
-    def _read_template(self, folder: Path) -> jinja2.Template:
-        source = read_json(folder / "tokenizer_config.json").get("chat_template")
-        separate = folder / "chat_template.jinja"  # where newer tools put it
-        if source is None and separate.is_file():
-            source = separate.read_text(encoding="utf-8", errors="replace")
-        require(isinstance(source, str), f"{folder}/tokenizer_config.json has no "
-                "chat_template; use an Instruct checkpoint")
-        # The template is a stranger's program: the sandbox keeps it from doing more
-        # than rendering text.
-        room = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True)
-        room.policies["json.dumps_kwargs"] = {"ensure_ascii": False}
-        try:
-            return room.from_string(source)
-        except Exception as error:  # RecursionError, when brackets nest deeply
-            raise UserError(f"{folder}: broken chat template: {error}") from error
-
-    def _read_stops(self, folder: Path) -> list[int]:
-        stops: set[int] = set()
-        for name in ("generation_config.json", "config.json"):
-            if (folder / name).is_file():
-                named = read_json(folder / name).get("eos_token_id")
-                named = named if isinstance(named, list) else [named]
-                stops |= {stop for stop in named if type(stop) is int}
-        # Instruct models end a turn with <|im_end|>, and a document with <|endoftext|>.
-        stops |= {self.control.get("<|im_end|>"), self.control.get("<|endoftext|>")}
-        stops = {s for s in stops if isinstance(s, int) and 0 <= s < self.valid}
-        require(bool(stops), f"{folder} names no end token")
-        return sorted(stops)
-
-
 # --------------------------------------------------------------------------- loading
 
 
@@ -284,7 +225,8 @@ def load(
     """Load a checkpoint: a folder as the Hub lays it out, or a name on the Hub.
 
     The model is built without memory (meta device) and filled tensor by tensor, so that
-    loading never holds more than the weights in their final type plus one shard.
+    loading never holds more than the weights in their final type plus one shard. The
+    tiny one computes with one thread from here on (`machine.one_thread`).
 
     Args:
         source: a folder, or a name such as "Qwen/Qwen2.5-0.5B-Instruct".
@@ -301,17 +243,53 @@ def load(
     if dtype is None:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     folder = find_folder(source)
+    if is_tiny(folder):
+        machine.one_thread()
     verify_checksums(folder)
     config = read_config(folder / "config.json")
     tokenizer = Tokenizer(folder)
     require(tokenizer.valid <= config.vocab_size, f"{folder}: the tokenizer has "
             f"{tokenizer.valid} ids, the model only {config.vocab_size}")
-    shards = find_shards(folder)
+    shards = {name: file for name, file in find_shards(folder).items()
+              if not COMPUTED.search(name)}
+    config, shards = settle_head(config, shards, dtype)
     check_memory(config, device, dtype, folder)
     with torch.device("meta"):
         model = Qwen(config)
     fill(model, shards, device, dtype)
     return model.requires_grad_(False).eval(), tokenizer
+
+
+def settle_head(config: Config, shards: dict[str, Path],
+                dtype: torch.dtype) -> tuple[Config, dict[str, Path]]:
+    """Is the head the embedding? The files have the last word, as in transformers.
+
+    A config may say so (`tie_word_embeddings`) of files that hold both. A head that is
+    a copy is left out; one that differs is a head of its own, with a note. A head alone
+    is the embedding.
+    """
+    if HEAD not in shards or not config.tie_word_embeddings:
+        return config, shards
+    if EMBEDDING not in shards:  # stored once, under the other name: `fill` knows
+        shards = shards | {EMBEDDING: shards[HEAD]}
+    elif not _equal(shards, HEAD, EMBEDDING, dtype):
+        note(f"{shards[HEAD].parent}: config.json says that the head is the embedding, "
+             f"but {HEAD} differs from it; the head is used as it is stored")
+        return dataclasses.replace(config, tie_word_embeddings=False), shards
+    return config, {name: file for name, file in shards.items() if name != HEAD}
+
+
+def _equal(shards: dict[str, Path], one: str, other: str, dtype: torch.dtype) -> bool:
+    """Whether two tensors are the same in `dtype`; they are read piece by piece."""
+    with open_shard(shards[one]) as first, open_shard(shards[other]) as second:
+        for name, shard in ((one, first), (other, second)):
+            require(name in set(shard.keys()), f"{shards[name]} lacks {name}, which "
+                    "the index lists")
+        a, b = first.get_slice(one), second.get_slice(other)
+        shape, floats = a.get_shape(), {a.get_dtype(), b.get_dtype()} <= set(FLOATS)
+        return floats and shape == b.get_shape() and len(shape) == 2 and all(
+            torch.equal(a[row:row + 4096].to(dtype), b[row:row + 4096].to(dtype))
+            for row in range(0, shape[0], 4096))
 
 
 def find_folder(source: str | Path) -> Path:
@@ -336,23 +314,42 @@ def find_folder(source: str | Path) -> Path:
 
 
 def find_shards(folder: Path) -> dict[str, Path]:
-    """Tensor name → file that holds it."""
+    """Tensor name → file that holds it; a whole file wins, as in transformers."""
     single = folder / "model.safetensors"
     index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = read_json(index).get("weight_map")
-        require(isinstance(names, dict) and all(
-            isinstance(f, str) and Path(f).name == f and len(f) < 256
-            and f.isprintable() for f in names.values()),
-            f"{index}: weight_map must map tensor names to files of the same folder")
-        missing = {f for f in names.values() if not (folder / f).is_file()}
-        require(not missing, f"{index} names files that are not there: "
-                f"{', '.join(sorted(missing))}")
-        return {name: folder / file for name, file in names.items()}
-    require(single.is_file(), f"{folder} has neither model.safetensors nor "
-            "model.safetensors.index.json")
-    with open_shard(single) as shard:
-        return dict.fromkeys(shard.keys(), single)
+    if single.is_file():
+        if index.is_file():
+            note(f"{index} is not read: model.safetensors lies beside it")
+        with open_shard(single) as shard:
+            return dict.fromkeys(shard.keys(), single)
+    require(index.is_file(), f"{folder} has neither model.safetensors nor "
+            f"model.safetensors.index.json{_other_weights(folder)}")
+    names = read_json(index).get("weight_map")
+    require(isinstance(names, dict) and all(
+        isinstance(f, str) and Path(f).name == f and len(f) < 256
+        and f.isprintable() for f in names.values()),
+        f"{index}: weight_map must map tensor names to files of the same folder")
+    missing = {f for f in names.values() if not (folder / f).is_file()}
+    require(not missing, f"{index} names files that are not there: "
+            f"{', '.join(sorted(missing))}")
+    return {name: folder / file for name, file in names.items()}
+
+
+def _other_weights(folder: Path) -> str:
+    """What to do with weights in a format that is not read, if there are any."""
+    for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt"):
+        for path in sorted(folder.glob(pattern)):
+            return (f"; {path.name} is a pickle, which can run any program and is "
+                    "never opened: convert it where you trust it, with "
+                    "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW) "
+                    "of transformers")
+    for path in sorted(folder.glob("*.gguf")):
+        return (f"; {path.name} is GGUF, made for inference: use the checkpoint in "
+                "safetensors that it was made from")
+    for path in sorted(folder.glob("*.safetensors")):
+        return (f"; {path.name} is one of several files, and the index says which "
+                "tensor is where: download it, too")
+    return ""
 
 
 def open_shard(path: Path):
@@ -384,22 +381,31 @@ def fill(model: Qwen, shards: dict[str, Path], device: torch.device,
          dtype: torch.dtype) -> None:
     """Put every tensor of the shards into its place; names and shapes must match."""
     expected = dict(model.named_parameters())
-    if model.config.tie_word_embeddings:
-        shards = {n: f for n, f in shards.items() if n != "lm_head.weight"}
     folder = next(iter(shards.values())).parent if shards else "the checkpoint"
+    packed = min(filter(PACKED.search, shards), default=None)
+    require(packed is None, f"{folder} holds {packed}: its weights are quantised; use "
+            "the checkpoint in bf16, fp16 or fp32 that they were made from")
     for word, names in (("lacks", expected.keys() - shards.keys()),
                         ("has unknown", shards.keys() - expected.keys())):
+        hint = ('; if the head is the embedding, say "tie_word_embeddings": true in '
+                "config.json" if word == "lacks" and names == {HEAD} else "")
         require(not names, f"{folder} {word} {len(names)} tensor(s), such as "
-                f"{min(names, default='')}")
+                f"{min(names, default='')}{hint}")
     for path in sorted(set(shards.values())):
         with open_shard(path) as shard:
             held = set(shard.keys())
             for name in sorted(n for n, f in shards.items() if f == path):
-                require(name in held, f"{path} lacks {name}, which the index lists")
-                want, have = expected[name].shape, shard.get_slice(name).get_shape()
+                tied = name == EMBEDDING and model.config.tie_word_embeddings
+                source = HEAD if tied and name not in held else name
+                require(source in held, f"{path} lacks {name}, which the index lists")
+                stored = shard.get_slice(source)
+                want, have = expected[name].shape, stored.get_shape()
                 require(list(want) == have, f"{path}: {name} has shape {have}, "
                         f"config.json asks for {list(want)}")
-                weight = shard.get_tensor(name)
+                require(stored.get_dtype() in FLOATS, f"{path}: {name} is stored as "
+                        f"{stored.get_dtype()}, as quantised weights are; use the "
+                        "checkpoint in bf16, fp16 or fp32 that they were made from")
+                weight = shard.get_tensor(source)
                 # The copy unties the weight from the memory-mapped file.
                 weight = weight.to(device, dtype, copy=True)
                 require(all_finite(weight), f"{path}: {name} holds values that are "

@@ -14,7 +14,6 @@ into a new checkpoint.
 
 import contextlib
 import math
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,20 +21,14 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from loading import all_finite, base_parameters, fingerprint, open_shard
+import adapters
+from adapters import PROJECTIONS
+from loading import base_parameters, fingerprint
 from model import Qwen
-from plumbing.files import (
-    UserError,
-    read_json,
-    require,
-    verify_checksums,
-    write_checksums,
-    write_json,
-    write_whole,
-)
+from plumbing.files import require, write_checksums, write_json, write_whole
 
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj",
-               "gate_proj", "up_proj", "down_proj")
+# What an adapter's folder holds, beside its checksums.
+FILES = (adapters.CONFIG, adapters.TENSORS)
 
 
 class ActiveAdapter:
@@ -56,6 +49,17 @@ class LoRALinear(nn.Module):
         self.lora_B = nn.ParameterDict()  # name → (out, r)
         self.scale: dict[str, float] = {}
 
+    def add(self, name: str, a: Tensor, b: Tensor, scale: float) -> None:
+        """Hold copies of A (r, in) and B (out, r), in fp32 whatever their type."""
+        # Adapters stay in fp32 whatever the base's type, too: an update of 1e-5 is lost
+        # in the 8 bits of a bf16 weight. float64 bases exist only in tests, whose
+        # tolerances fp32 adapters would spoil.
+        dtype = torch.promote_types(torch.float32, self.base.weight.dtype)
+        for held, weight in ((self.lora_A, a), (self.lora_B, b)):
+            held[name] = nn.Parameter(weight.to(self.base.weight.device, dtype,
+                                                copy=True).contiguous())
+        self.scale[name] = scale
+
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) → (..., out)."""
         y = self.base(x)
@@ -63,8 +67,6 @@ class LoRALinear(nn.Module):
         if name not in self.scale:
             return y
         # [L1] y = W x + (α / r) · B A x
-        # Adapters stay in fp32 whatever the base's type: an update of 1e-5 is lost in
-        # the 8 bits of a bf16 weight.
         a, b = self.lora_A[name], self.lora_B[name]
         change = (x.to(a.dtype) @ a.T * self.scale[name]) @ b.T
         return y + change.to(y.dtype)
@@ -85,6 +87,19 @@ def attach(model: Qwen, name: str, rank: int, alpha: float, seed: int = 0,
     """
     widest = model.config.hidden_size  # a side of every projection: no higher rank
     require(1 <= rank <= widest, f"the LoRA rank is {rank}; it must be 1 to {widest}")
+    _make_room(model, name)
+    depth = depth or model.config.num_hidden_layers
+    size = model.adapters[name] = adapters.Size(rank, alpha)
+    generator = torch.Generator().manual_seed(seed)
+    for path, layer in layers(model.model.layers[:depth]).items():
+        out, width = layer.base.weight.shape
+        bound = 1 / math.sqrt(width)
+        a = torch.empty(rank, width).uniform_(-bound, bound, generator=generator)
+        layer.add(name, a, torch.zeros(out, rank), size.scale_of(path))
+
+
+def _make_room(model: Qwen, name: str) -> None:
+    """Wrap the seven projections of every block, once; `name` must be free."""
     if not hasattr(model, "active"):
         model.active = ActiveAdapter()
         model.adapters = {}
@@ -94,19 +109,6 @@ def attach(model: Qwen, name: str, rank: int, alpha: float, seed: int = 0,
                     if projection in PROJECTIONS:
                         setattr(owner, projection, LoRALinear(layer, model.active))
     require(name not in model.adapters, f"there is an adapter {name!r} already")
-    depth = depth or model.config.num_hidden_layers
-    model.adapters[name] = {"rank": rank, "alpha": alpha, "depth": depth}
-    generator = torch.Generator().manual_seed(seed)
-    # float64 bases exist only in tests, whose tolerances fp32 adapters would spoil.
-    dtype = torch.promote_types(torch.float32, model.unembed.dtype)
-    for layer in layers(model.model.layers[:depth]).values():
-        out, width = layer.base.weight.shape
-        bound = 1 / math.sqrt(width)
-        a = torch.empty(rank, width).uniform_(-bound, bound, generator=generator)
-        place = {"device": model.device, "dtype": dtype}
-        layer.lora_A[name] = nn.Parameter(a.to(**place))
-        layer.lora_B[name] = nn.Parameter(torch.zeros(out, rank, **place))
-        layer.scale[name] = alpha / rank
 
 
 def detach(model: Qwen, name: str) -> None:
@@ -158,101 +160,64 @@ def save(model: Qwen, name: str, folder: Path, base: str) -> None:
         base: the base's folder or Hub name, for people and for PEFT.
 
     The base's fingerprint rides in the safetensors metadata, where PEFT does not look;
-    SHA256SUMS covers every file.
+    SHA256SUMS covers both files.
     """
-    tensors = {}
-    for path, layer in layers(model, name).items():
+    tensors, held = {}, layers(model, name)
+    for path, layer in held.items():
         for factor in ("lora_A", "lora_B"):
             weight = getattr(layer, factor)[name].detach().cpu().contiguous()
             tensors[f"base_model.model.{path}.{factor}.weight"] = weight
-    settings = model.adapters[name]
+    size = model.adapters[name]
+    targets, blocks = _name_targets(list(held))
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True,
-        "base_model_name_or_path": base, "r": settings["rank"],
-        "lora_alpha": settings["alpha"], "target_modules": list(PROJECTIONS),
+        "base_model_name_or_path": base, "r": size.rank,
+        "lora_alpha": size.alpha, "target_modules": targets,
         "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False,
-        "use_rslora": False, "use_dora": False,
+        "use_rslora": size.use_rslora, "use_dora": False,
     }
-    if settings["depth"] < model.config.num_hidden_layers:
-        config["layers_to_transform"] = list(range(settings["depth"]))
+    for key in ("rank_pattern", "alpha_pattern"):
+        if getattr(size, key):
+            config[key] = getattr(size, key)
+    if blocks and len(blocks) < model.config.num_hidden_layers:
+        config["layers_to_transform"] = blocks
     # One entry only: safetensors writes several in random order, and the same adapter
     # should be the same bytes.
     metadata = {"base_fingerprint": fingerprint(model)}
-    write_whole(folder / "adapter_model.safetensors",
-                safetensors.torch.save(tensors, metadata))
-    write_json(folder / "adapter_config.json", config)
-    write_checksums(folder)
+    write_whole(folder / adapters.TENSORS, safetensors.torch.save(tensors, metadata))
+    write_json(folder / adapters.CONFIG, config)
+    write_checksums(folder, FILES)
 
 
-def load(model: Qwen, name: str, folder: Path) -> None:
-    """Attach the adapter in `folder` as `name`; PEFT's own LoRA adapters load too.
-
-    Raises:
-        UserError: missing or altered files, another base, other layers or shapes.
-    """
-    require(folder.is_dir(), f"no adapter folder {folder}")
-    verify_checksums(folder)
-    config = read_json(folder / "adapter_config.json")
-    foreign = [k for k in ("use_dora", "use_rslora", "fan_in_fan_out", "rank_pattern",
-                           "alpha_pattern", "modules_to_save", "lora_bias",
-                           "alora_invocation_tokens") if config.get(k)]
-    require(config.get("peft_type") == "LORA" and not foreign, f"{folder} is not a "
-            f"plain LoRA adapter ({', '.join(foreign) or config.get('peft_type')})")
-    # PiSSA and its like change the base too, and say so only here.
-    start = config.get("init_lora_weights", True)
-    require(start in (True, False, "gaussian"), f"{folder}: init_lora_weights is "
-            f"{start!r}; such an adapter does not go with the plain base")
-    rank, alpha = config.get("r"), config.get("lora_alpha")
-    require(type(rank) is int and type(alpha) in (int, float) and abs(alpha) < 1e6,
-            f"{folder}/adapter_config.json: r and lora_alpha must be numbers")
-    path = folder / "adapter_model.safetensors"
-    with open_shard(path) as shard:
-        made_for = (shard.metadata() or {}).get("base_fingerprint")
-        require(made_for in (None, fingerprint(model)), f"{folder} was trained on "
-                f"another base model ({config.get('base_model_name_or_path')}); load "
-                "that one with --model")
-        tensors = {key: shard.get_tensor(key) for key in shard.keys()}
-    _check_tensors(model, tensors, rank, path)
-    attach(model, name, rank, alpha)
-    try:
-        _fill(model, name, tensors, path)
-    except UserError:
-        detach(model, name)
-        raise
-
-
-def _check_tensors(model: Qwen, tensors: dict[str, Tensor], rank: int,
-                   path: Path) -> None:
-    """Names and shapes, before `attach` sets aside room for `rank`.
-
-    An adapter may leave layers out; but a B without its A would act on a random one.
-    """
-    base, twins = base_parameters(model), {"A": "B", "B": "A"}
-    name = re.compile(r"base_model\.model\.(.+\.(\w+))\.lora_([AB])\.weight")
-    require(any(".lora_A." in key for key in tensors), f"{path} holds no tensors of an "
-            "adapter")
-    for key, weight in tensors.items():
-        match = name.fullmatch(key)
-        known = match and match[2] in PROJECTIONS and f"{match[1]}.weight" in base
-        require(bool(known), f"{path} has unknown tensor(s), such as {key}")
-        out, width = base[f"{match[1]}.weight"].shape
-        want = [rank, width] if match[3] == "A" else [out, rank]
-        require(0 < rank <= model.config.hidden_size and list(weight.shape) == want,
-                f"{path}: {key} has shape {list(weight.shape)}, adapter_config.json "
-                f"says r = {rank}, and this base asks for {want}")
-        twin = key.replace(f"lora_{match[3]}.", f"lora_{twins[match[3]]}.")
-        require(twin in tensors, f"{path} lacks {twin}")
+def _name_targets(paths: list[str]) -> tuple[list[str], list[int]]:
+    """PEFT's words for these layers: names, and in which blocks; or whole paths."""
+    places = [(int(path.split(".")[2]), path.rpartition(".")[2]) for path in paths]
+    blocks = sorted({block for block, _ in places})
+    names = [name for name in PROJECTIONS if name in {name for _, name in places}]
+    if len(blocks) * len(names) == len(paths):
+        return names, blocks
+    return paths, []  # other layers in other blocks
 
 
 @torch.no_grad()
-def _fill(model: Qwen, name: str, tensors: dict[str, Tensor], path: Path) -> None:
-    for place, layer in layers(model, name).items():
-        for factor in ("lora_A", "lora_B"):
-            key = f"base_model.model.{place}.{factor}.weight"
-            if key in tensors:  # a layer the file leaves out keeps B = 0: no change
-                getattr(layer, factor)[name].copy_(tensors[key])
-                require(all_finite(getattr(layer, factor)[name]),
-                        f"{path}: {key} holds values that are not finite")
+def load(model: Qwen, name: str, folder: Path, any_base: bool = False) -> None:
+    """Attach the adapter in `folder` as `name`; PEFT's own LoRA adapters load too.
+
+    Layers that it leaves out stay the base's. One without our fingerprint loads with a
+    note on stderr.
+
+    Args:
+        any_base: take an adapter whose fingerprint is another base's, and say so.
+
+    Raises:
+        UserError: missing or altered files, no plain LoRA (`adapters.REFUSED`), another
+            base, other layers or shapes; the model is as before.
+    """
+    size, factors = adapters.read(model, folder, any_base)
+    _make_room(model, name)
+    model.adapters[name] = size
+    for path, (a, b) in factors.items():
+        model.get_submodule(path).add(name, a, b, size.scale_of(path))
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ What differs from the Hugging Face implementation, on purpose:
 * A prompt is computed once. `prefill` returns the keys and values of a prompt, and any
   number of rows attend to them, in sampling, scoring and training (`shared_prefix`).
 * Nothing depends on padding: rows are padded on the right, where causal attention
-  cannot look, and prompts on the left, where a mask hides them.
+  cannot look, and prompts on the left, where a mask hides them from later rows.
 
 Shapes: P prompts, G responses of C tokens each, B rows, T tokens, S tokens of the
 prefix, D width, Hq query heads, Hkv key and value heads, Dh head size, V vocabulary.
@@ -141,11 +141,31 @@ class Attention(nn.Module):
         q, k = rotate(q, *cos_sin), rotate(k, *cos_sin)
         k, v = cache.extend(layer, k, v)  # (B, Hkv, S + T, Dh)
         # softmax(q kᵀ / sqrt(Dh) + mask) v; query head h reads key head h // (Hq / Hkv)
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=cache.mask, is_causal=cache.is_causal,
-            enable_gqa=True,
-        )  # (B, Hq, T, Dh)
+        if cache.mask is not None and q.is_cuda:
+            out = masked_attention(q, k, v, cache.mask)
+        else:
+            out = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=cache.mask, is_causal=cache.is_causal,
+                enable_gqa=True,
+            )  # (B, Hq, T, Dh)
         return self.o_proj(out.transpose(1, 2).flatten(2))
+
+
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Attention (B, Hq, T, Dh) by a CUDA kernel that knows masks, but no groups.
+
+    The one that knows groups knows no masks, and without either all scores would be
+    written out. So the heads of a group become further queries of their key head.
+
+    Args:
+        q: (B, Hq, T, Dh).
+        k, v: (B, Hkv, S + T, Dh).
+        mask: (B or 1, 1, T, S + T) bool, True where a query may look.
+    """
+    heads, kv_heads = q.shape[1], k.shape[1]
+    folded = q.reshape(len(q), kv_heads, -1, q.shape[3])  # (B, Hkv, Hq / Hkv · T, Dh)
+    mask = mask.repeat(1, 1, heads // kv_heads, 1)
+    return F.scaled_dot_product_attention(folded, k, v, attn_mask=mask).reshape(q.shape)
 
 
 class MLP(nn.Module):
@@ -185,7 +205,8 @@ class Block(nn.Module):
 class Cache:
     """Keys and values of a prefix, which later rows attend to and never change.
 
-    One class serves every use. `prefill` fills it with P prompts, padded on the left.
+    One class serves every use. `prefill` fills it with P prompts, each computed among
+    those of its own length, and padded on the left (`place`).
     In training and scoring P is 1, and any number of rows reads it (`extend` expands).
     For decoding, `for_decoding` repeats each prompt G times and adds room for C tokens,
     which `extend` then fills in place.
@@ -194,14 +215,16 @@ class Cache:
         keys, values: one tensor a layer, (P, Hkv, S, Dh); (B, Hkv, S + C, Dh) when
             decoding.
         padding: (P,) or (B,) how many of the S places at the left are empty.
+        padded: is any? Asking the device in every pass would make the host wait.
         length: S, places in use.
         mask: (B, 1, T, S + T) bool or None, set by `prepare` for one forward pass.
     """
 
-    def __init__(self, layers: int, padding: Tensor | None = None) -> None:
+    def __init__(self, layers: int, padding: Tensor | None = None,
+                 padded: bool = False) -> None:
         self.keys: list[Tensor | None] = [None] * layers
         self.values: list[Tensor | None] = [None] * layers
-        self.padding = padding
+        self.padding, self.padded = padding, padded
         self.length = 0
         self.store = False  # does `extend` keep what it is given?
         self.in_place = False  # into room that was set aside?
@@ -212,8 +235,7 @@ class Cache:
         """Set the mask for a pass over tokens (B, T); return their positions (B, T)."""
         rows, new = tokens.shape
         places = torch.arange(self.length, self.length + new, device=tokens.device)
-        padding = self.padding
-        padded = padding is not None and bool(padding.any())
+        padding, padded = self.padding, self.padded
         # Without a mask, attention may use its fastest kernel. A single new token sees
         # all places; with no prefix the usual triangle is enough.
         self.mask, self.is_causal = None, new > 1 and not self.length and not padded
@@ -244,9 +266,21 @@ class Cache:
             self.keys[layer], self.values[layer] = k, v
         return k, v
 
+    def place(self, rows: list[int], alike: "Cache") -> None:
+        """Move keys and values of some prompts into their rows, flush right."""
+        index = torch.tensor(rows, device=self.padding.device)
+        for own, given in ((self.keys, alike.keys), (self.values, alike.values)):
+            for layer, kv in enumerate(given):  # (rows, Hkv, their length, Dh)
+                if own[layer] is None:
+                    size = (len(self.padding), kv.shape[1], self.length, kv.shape[3])
+                    own[layer] = kv.new_zeros(size)
+                own[layer][index, :, self.length - kv.shape[2]:] = kv
+                given[layer] = None  # one at a time: less memory
+
     def for_decoding(self, group_size: int, room: int) -> "Cache":
         """A cache of B = P·G rows with `room` free places behind the prompts."""
-        decoding = Cache(len(self.keys), self.padding.repeat_interleave(group_size))
+        decoding = Cache(len(self.keys), self.padding.repeat_interleave(group_size),
+                         self.padded)
         decoding.length, decoding.in_place = self.length, True
 
         def grown(kv: Tensor) -> Tensor:  # (P, Hkv, S, Dh) → (B, Hkv, S + room, Dh)
@@ -262,10 +296,11 @@ class Cache:
             for layer, tensor in enumerate(tensors):  # one at a time: less memory
                 tensors[layer] = tensor[rows]
         self.padding = self.padding[rows]
+        self.padded = self.padded and bool(self.padding.any())
 
     def detached(self) -> "Cache":
         """The same prefix as leaves: micro-batches add their gradients to `.grad`."""
-        leaf = Cache(len(self.keys), self.padding)
+        leaf = Cache(len(self.keys), self.padding, self.padded)
         leaf.length = self.length
         leaf.keys = [k.detach().requires_grad_() for k in self.keys]
         leaf.values = [v.detach().requires_grad_() for v in self.values]
@@ -333,13 +368,23 @@ class Qwen(nn.Module):
         """
         longest = max(map(len, prompts))
         padding = [longest - len(p) for p in prompts]
-        rows = [[0] * n + p for n, p in zip(padding, prompts, strict=True)]
         cache = Cache(depth or self.config.num_hidden_layers,
-                      torch.tensor(padding, device=self.device))
-        cache.store = True
-        if longest:
-            self(torch.tensor(rows, device=self.device), cache)
-        cache.store = False
+                      torch.tensor(padding, device=self.device), any(padding))
+        cache.length = longest
+        # Prompts of one length need no mask; one for padding would hold S² places for
+        # each prompt: gigabytes for two prompts of 12,000 tokens.
+        alike: dict[int, list[int]] = {}
+        for row, prompt in enumerate(prompts):
+            if prompt:
+                alike.setdefault(len(prompt), []).append(row)
+        for rows in alike.values():
+            same = Cache(len(cache.keys))
+            same.store = True
+            self(torch.tensor([prompts[row] for row in rows], device=self.device), same)
+            if len(rows) == len(prompts):
+                cache.keys, cache.values = same.keys, same.values
+            else:
+                cache.place(rows, same)
         return cache
 
     @contextlib.contextmanager

@@ -28,6 +28,7 @@ cut off has no end token, so the training data hold such rows too (`"cut": true`
     python reward_model.py --score IN.jsonl --out OUT.jsonl  # rows: prompt, response
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -35,6 +36,7 @@ import os
 import random
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -68,7 +70,6 @@ from plumbing.files import (
     one_line_errors,
     only_writer,
     read_json,
-    read_rows,
     require,
     verify_checksums,
     write_checksums,
@@ -76,7 +77,22 @@ from plumbing.files import (
     write_whole,
 )
 from plumbing.options import option, parse_settings, with_defaults
-from plumbing.resume import CheckpointTimer, Stop, load_checkpoint, save_checkpoint
+from plumbing.resume import (
+    CheckpointTimer,
+    Stop,
+    checkpoint_about,
+    load_checkpoint,
+    save_checkpoint,
+)
+from plumbing.rows import (
+    notice,
+    place_of,
+    read_rows,
+    require_apart,
+    require_untemplated,
+    same_text,
+    split_of,
+)
 from plumbing.statistics import bootstrap, pearson, spearman
 
 # What a reward model's folder holds, beside its checksums.
@@ -157,11 +173,16 @@ class RewardModel:
         write_whole(folder / "head.safetensors", safetensors.torch.save(head))
         write_json(folder / "reward.json",
                    {"axes": self.axes, "depth": self.depth, "report": report})
-        write_checksums(folder)
+        write_checksums(folder, FILES)
 
 
-def load(model: Qwen, folder: Path, name: str = "reward") -> RewardModel:
+def load(model: Qwen, folder: Path, name: str = "reward",
+         any_base: bool = False) -> RewardModel:
     """Attach the reward model in `folder` to the base it was trained on.
+
+    Args:
+        any_base: or to another one, with a note; a run has no such option, for its
+            scores should be those of the base that it names.
 
     Raises:
         UserError: missing, altered or foreign files.
@@ -185,7 +206,8 @@ def load(model: Qwen, folder: Path, name: str = "reward") -> RewardModel:
     require(shapes == want, f"{folder}/head.safetensors has {shapes}, expected {want}")
     require(all(bool(v.isfinite().all()) for v in head.values()),
             f"{folder}/head.safetensors holds values that are not finite")
-    lora.load(model, name, folder)  # last: a refused folder leaves no half behind
+    # Last: a refused folder leaves no half behind.
+    lora.load(model, name, folder, any_base)
     scorer = RewardModel(model, axes, depth, name)
     for key in ("center", "spread"):
         setattr(scorer, key, head.pop(key).to(scorer.head.weight))
@@ -219,7 +241,7 @@ def parse_weights(text: str, axes: list[str]) -> Tensor:
         except ValueError:
             raise UserError(f"--weights: {term!r} is not axis=number") from None
         require(0 <= weights[axis] < math.inf, f"--weights: {axis} is {number}; a "
-                "weight must not be negative")
+                "weight must not be negative, infinite or NaN")
     result = torch.tensor(list(weights.values()))  # (K,)
     require(0 < result.sum().item() < math.inf, "--weights: all weights are 0, or one "
             "is too large")
@@ -240,13 +262,14 @@ class Settings:
 
     size: str = option("tiny", "tiny (bundled), or a Qwen2.5-Instruct on the Hub",
                        choices=[*SIZES])
-    model: str | None = option(None, "checkpoint folder or Hub name, instead of --size")
+    model: str | None = option(None, "checkpoint folder or Hub name, instead of --size",
+                               unless=())
     data: Path | None = option(None, "labelled rows (JSONL: prompt, response, scores)")
     out: Path | None = option(None, "where the reward model, or the scored file, goes")
     reward: Path | None = option(None, "reward model to score with")
     score: Path | None = option(None, "score this JSONL (prompt, response) and stop")
-    split: str = option("train", "train on the rows of this split; an independent "
-                        "judge has its own")
+    split: str = option("train", "train on the rows of this split (any word but "
+                        "test); an independent judge has its own")
     validation: float = option(0.0, "share of its prompts that are kept from training, "
                                "to judge each epoch on", real=0.1, low=0, below=1)
     epochs: int = option(6, "passes over the labels; 0: linear probe alone", real=1,
@@ -266,6 +289,8 @@ class Settings:
     def resolved(self) -> "Settings":
         """With the defaults that depend on the model and the machine."""
         source = self.model or SIZES[self.size]
+        require(self.split.strip().casefold() != "test", f"--split {self.split} would "
+                "train on the rows that it is tested on; name another split")
         return with_defaults(
             dataclasses.replace(self, model=source, device=pick_device(self.device)),
             real=not is_tiny(source))
@@ -283,7 +308,7 @@ class Group:
 def encode_response(tokenizer: Tokenizer, text: str, cut: bool) -> list[int]:
     """Ids of a written response; one that was not cut off ends with the end token."""
     end = tokenizer.control.get("<|im_end|>", tokenizer.stop_ids[0])
-    ids = tokenizer.encode(text) + ([] if cut else [end])
+    ids = tokenizer.encode_response(text) + ([] if cut else [end])
     return ids or [end]
 
 
@@ -304,10 +329,16 @@ def make_groups(rows: list[dict], axes: list[str], tokenizer: Tokenizer) -> list
 
 def split_rows(rows: list[dict], split: str,
                seed: int) -> tuple[list[dict], list[dict]]:
-    """Training and test rows, by prompt: by `"split"`, or a fifth at random."""
+    """Training and test rows, by prompt: by `"split"`, or a fifth at random.
+
+    Raises:
+        UserError: a prompt has two splits, or no row has the one that is asked for.
+    """
+    split = split.strip().casefold()
     if any("split" in row for row in rows):
-        return ([r for r in rows if r.get("split", "train") == split],
-                [r for r in rows if r.get("split") == "test"])
+        require_apart(rows, split_of, lambda row: same_text(row["prompt"]))
+        return ([r for r in rows if split_of(r) == split],
+                [r for r in rows if split_of(r) == "test"])
     require(split == "train", f"--split {split}: no row of the data has a \"split\"; "
             "add one to each, so that a judge has prompts of its own")
     return hold_out(rows, 0.2, seed)
@@ -318,11 +349,55 @@ def hold_out(rows: list[dict], share: float,
     """Keep all rows of a share of the prompts aside: (rest, held out)."""
     if not share:
         return rows, []
-    prompts = list(dict.fromkeys(r["prompt"] for r in rows))
+    prompts = list(dict.fromkeys(same_text(r["prompt"]) for r in rows))
     random.Random(seed).shuffle(prompts)
     held = set(prompts[:max(1, int(len(prompts) * share))])
-    return ([r for r in rows if r["prompt"] not in held],
-            [r for r in rows if r["prompt"] in held])
+    return ([r for r in rows if same_text(r["prompt"]) not in held],
+            [r for r in rows if same_text(r["prompt"]) in held])
+
+
+def read_labels(path: Path, settings: Settings,
+                tokenizer: Tokenizer) -> tuple[list[dict], list[dict], list[dict]]:
+    """Rows to train, validate and test on; what is not used is counted in a note.
+
+    Raises:
+        UserError: a row cannot be read, or a part has no rows.
+    """
+    rows = read_scorable(path, tokenizer, labels=True)
+    known, test = split_rows(rows, settings.split, settings.seed)
+    words = Counter(map(split_of, rows))
+    chosen, validation = hold_out(known, settings.validation, settings.seed)
+    require(bool(chosen) and bool(test), f"{path}: training (split "
+            f"{settings.split!r}) needs rows of two prompts or more, and test needs "
+            "rows too; the file has " + ", ".join(f"{n} of {w}" for w, n in
+                                                  words.items()))
+    unused = {word: n for word, n in words.items()
+              if word not in (settings.split.strip().casefold(), "test")}
+    if unused and "test" in words:
+        notice(f"{path}: rows that are not read, as neither --split nor test names "
+               "their split: " + ", ".join(f"{n} of {w}" for w, n in unused.items()))
+    spelled: dict[str, str] = {}
+    for row in rows:
+        for axis in row["scores"]:
+            other = spelled.setdefault(same_text(axis), axis)
+            require(other == axis, f"{place_of(row)}: axis {axis!r} is {other!r} in "
+                    "other rows; write it in one fashion")
+    lost = {*spelled.values()} - {axis for row in chosen for axis in row["scores"]}
+    if lost:
+        notice(f"{path}: no row to train on labels {', '.join(sorted(lost))}; it "
+               "cannot be learnt")
+    return chosen, validation, test
+
+
+def read_scorable(path: Path, tokenizer: Tokenizer, labels: bool) -> list[dict]:
+    """Rows with prompt and response, as texts without a chat template."""
+    rows = read_rows(path, responses=True, labels=labels)
+    require_untemplated(rows, tokenizer.control)
+    systems = sum("system" in row for row in rows)
+    if systems:
+        notice(f"{path}: the reward model reads prompts without a system message; "
+               f"rows that have one: {systems}")
+    return rows
 
 
 def regression_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -553,6 +628,19 @@ def print_report(report: dict[str, dict]) -> None:
 # ----------------------------------------------------------------------- command line
 
 
+def origin_of(folder: Path) -> tuple | None:
+    """Seed, split, SHA-256 of the labels (older models lack it) and numbers of rows.
+
+    None: it does not say.
+    """
+    report = read_json(folder / "reward.json").get("report")
+    settings = report.get("settings") if isinstance(report, dict) else None
+    if not isinstance(settings, dict):
+        return None
+    return (settings.get("seed"), settings.get("split"), report.get("labels"),
+            report.get("rows"))
+
+
 def default_folder(source: str) -> Path:
     """Where the reward model of a base is kept, unless --out or --reward says else."""
     if is_tiny(source):
@@ -560,22 +648,52 @@ def default_folder(source: str) -> Path:
     return Path("runs") / f"reward-{short_name(source)}"
 
 
+def own_folder(source: str, model: Qwen) -> Path:
+    """`default_folder`, or -2, -3 … of it: the first that is free or of this base.
+
+    Two bases may share a name (trainers call theirs checkpoint-500): the fingerprint
+    tells them apart.
+    """
+    first, own, number = default_folder(source), fingerprint(model), 1
+    folder = first
+    while base_of(folder) not in (None, own):
+        number += 1
+        folder = first.with_name(f"{first.name}-{number}")
+    return folder
+
+
+def base_of(folder: Path) -> object:
+    """The fingerprint of a reward model's base, trained or half trained; or None.
+
+    What cannot be read has none: whoever loads it will say why.
+    """
+    adapter, checkpoint = folder / FILES[1], folder / CHECKPOINT
+    with contextlib.suppress(UserError):
+        if (folder / "reward.json").is_file() and adapter.is_file():
+            with open_shard(adapter) as shard:
+                return (shard.metadata() or {}).get("base_fingerprint")
+        if checkpoint.is_file():
+            origin = checkpoint_about(checkpoint).get("origin")
+            return origin.get("base") if isinstance(origin, dict) else None
+    return None
+
+
 def score_file(settings: Settings) -> None:
     """Add `scores` to every row of a JSONL file."""
-    rows = read_rows(settings.score, responses=True)
     require(settings.out is not None, "--score needs --out OUT.jsonl")
+    read_rows(settings.score, responses=True)  # before the base is loaded
     dtype = settings.dtype and getattr(torch, settings.dtype)
     model, tokenizer = load_base(settings.model, settings.device, dtype)
-    folder = settings.reward or default_folder(settings.model)
+    folder = settings.reward or own_folder(settings.model, model)
     scorer = load(model, folder)
+    rows = read_scorable(settings.score, tokenizer, labels=False)
     context = model.config.max_position_embeddings
-    for number, row in enumerate(tqdm(rows, desc="scoring", unit="row",
-                                      file=sys.stderr), 1):
+    for row in tqdm(rows, desc="scoring", unit="row", file=sys.stderr):
         response = encode_response(tokenizer, row["response"], bool(row.get("cut")))
         prompt = tokenizer.chat(row["prompt"])
-        require(len(prompt) + len(response) <= context, f"{settings.score}: row "
-                f"{number} has {len(prompt) + len(response)} tokens, the context "
-                f"{context}; shorten it")
+        require(len(prompt) + len(response) <= context, f"{place_of(row)}: the "
+                f"row has {len(prompt) + len(response)} tokens, the context {context}; "
+                "shorten it")
         scores = scorer.score(prompt, [response])[0].tolist()
         row["scores"] = {axis: round(score, 4) for axis, score in
                          zip(scorer.axes, scores, strict=True)}
@@ -589,13 +707,7 @@ def train_reward_model(model: Qwen, tokenizer: Tokenizer, settings: Settings,
     """Train, test and save a reward model on the base that is loaded already."""
     home = TINY if is_tiny(settings.model) else TINY.parent
     path = settings.data or home / "labels.jsonl"
-    rows = read_rows(path, responses=True, labels=True)
-    train_rows, test_rows = split_rows(rows, settings.split, settings.seed)
-    train_rows, validation_rows = hold_out(train_rows, settings.validation,
-                                           settings.seed)
-    require(bool(train_rows) and bool(test_rows), f"{path}: training (split "
-            f"{settings.split!r}) needs rows of two prompts or more, and test needs "
-            "rows too")
+    train_rows, validation_rows, test_rows = read_labels(path, settings, tokenizer)
     # What no training row labels cannot be learnt.
     axes = list(dict.fromkeys(axis for row in train_rows for axis in row["scores"]))
     groups = make_groups(train_rows, axes, tokenizer)
@@ -626,7 +738,7 @@ def train_reward_model(model: Qwen, tokenizer: Tokenizer, settings: Settings,
         "peak_rss_gb": round(peak_rss_gb(), 2),
         "last_loss": float(np.mean(losses[-20:])) if losses else None,
         "validation_spearman": spearmans,
-        "settings": chosen,
+        "settings": chosen, "labels": origin["labels"],
         "rows": [len(train_rows), len(validation_rows), len(test_rows)],
         "threads": torch.get_num_threads(),
     }
@@ -642,6 +754,12 @@ def train_reward_model(model: Qwen, tokenizer: Tokenizer, settings: Settings,
     return scorer
 
 
+def require_free(folder: Path) -> None:
+    """A finished reward model is not written over."""
+    require(not (folder / "reward.json").is_file(), f"{folder} holds a finished reward "
+            "model; choose another --out, or delete it")
+
+
 def main(argv: list[str] | None = None) -> None:
     """Train a reward model, or score a file with one."""
     settings = parse_settings(Settings, "Train or use the reward model.", argv)
@@ -649,11 +767,12 @@ def main(argv: list[str] | None = None) -> None:
     if settings.score is not None:
         score_file(settings)
         return
-    folder = settings.out or default_folder(settings.model)
-    require(not (folder / "reward.json").is_file(), f"{folder} holds a finished reward "
-            "model; choose another --out, or delete it")
+    if settings.out:  # before anything that takes long
+        require_free(settings.out)
     dtype = settings.dtype and getattr(torch, settings.dtype)
     model, tokenizer = load_base(settings.model, settings.device, dtype)
+    folder = settings.out or own_folder(settings.model, model)
+    require_free(folder)
     with only_writer(folder):
         train_reward_model(model, tokenizer, settings, folder)
 

@@ -16,7 +16,6 @@ import json
 import os
 import random
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -39,8 +38,8 @@ from loading import (
     short_name,
 )
 from model import Qwen
-from plumbing import parallel
-from plumbing.figures import format_seconds, format_table, peak_rss_gb
+from plumbing import machine, parallel
+from plumbing.figures import Cost, format_seconds, format_table
 from plumbing.files import (
     CHECKPOINT,
     CHECKSUMS,
@@ -50,15 +49,14 @@ from plumbing.files import (
     file_sha256,
     only_writer,
     read_json,
-    read_rows,
     require,
     write_checksums,
     write_json,
 )
 from plumbing.options import (
+    as_saved,
     given_options,
     option,
-    option_names,
     parse_settings,
     saved_settings,
     with_defaults,
@@ -71,10 +69,23 @@ from plumbing.resume import (
     load_checkpoint,
     save_checkpoint,
 )
+from plumbing.rows import (
+    HELD_OUT,
+    notice,
+    place_of,
+    read_rows,
+    require_apart,
+    require_untemplated,
+    same_text,
+    split_of,
+)
 
 # Files of a run folder. The first evaluation is kept until the run is finished.
 CONFIG, BEFORE = "config.json", "before.json"
 LINES = ("metrics.jsonl", "samples.jsonl")  # written step by step
+# What a run reads, and the option that says where it is.
+INPUTS = {"base": "--model DIR", "prompts": "--prompts FILE",
+          "reward model": "--reward DIR", "judge": "--judge DIR"}
 DEAD_STEPS = 10  # after so many steps without a live group in a row, a note
 
 # ----------------------------------------------------------------------- the settings
@@ -90,14 +101,17 @@ class Settings:
 
     size: str = option("tiny", "tiny (bundled), or a Qwen2.5-Instruct on the Hub",
                        choices=[*SIZES])
-    model: str | None = option(None, "checkpoint folder or Hub name, instead of --size")
+    model: str | None = option(None, "checkpoint folder or Hub name, instead of --size",
+                               unless=())
     weights: str = option("", "axis=weight,...; unnamed axes keep 1 (TRL: "
                           "reward_weights)")
     prompts: Path | None = option(None, "JSONL of prompts; \"split\": \"heldout\" rows "
-                                  "are only for the evaluation")
+                                  "(or test, validation, val, dev) are only for the "
+                                  "evaluation")
     system: str | None = option(None, "system message of the policy's prompts "
                                 "(default: the model's own)")
-    reward: str | None = option(None, "reward model folder, or gold (tiny world only)")
+    reward: str | None = option(None, "reward model folder, or gold (tiny world only)",
+                                unless=("gold",))
     judge: Path | None = option(None, "second reward model, trained on other prompts; "
                                 "it judges before and after, the policy never sees it")
     steps: int = option(70, "optimisation steps (TRL: max_steps)", real=60, low=1)
@@ -145,7 +159,10 @@ def read_settings(cls: type, description: str, argv: list[str] | None,
 
 def settings_of(cls: type, folder: Path, argv: list[str] | None,
                 method: str) -> Settings:
-    """The settings of a run that was interrupted; options typed now must agree."""
+    """The settings of a run that was interrupted; options typed now must agree.
+
+    Files may have moved, with the folder or without: `announce` compares their SHA-256.
+    """
     path, checkpoint = folder / CONFIG, folder / CHECKPOINT
     require(path.is_file(), f"{folder} holds no run to resume (no {CONFIG}); start it "
             "without --resume")
@@ -154,13 +171,23 @@ def settings_of(cls: type, folder: Path, argv: list[str] | None,
         require(checkpoint_about(checkpoint).get(CONFIG) == file_sha256(path),
                 f"{path} has changed since {checkpoint} was written; put the old one "
                 "back, or start another run")
-    saved = read_json(path) | {"out": str(folder)}
+    saved = read_json(path)
     made_by = saved.get("method", "grpo")
     require(made_by == method, f"{folder} is a run of {made_by!r}, not of {method}; go "
             f"on with: {command_of(made_by)} --resume {folder}")
     given = given_options(cls, argv)
     del given["resume"]
-    return dataclasses.replace(saved_settings(cls, saved, given, path), resume=folder)
+    require(folder.resolve() == Path(given.pop("out", folder)).resolve(), f"{folder} "
+            "is the run's folder; leave --out out, or start another run")
+    s = saved_settings(cls, saved, given, path)
+    for usage in INPUTS.values():
+        name = usage.split()[0].removeprefix("--")
+        place = getattr(s, name)
+        is_word = place is None or place == "gold" or (
+            name == "model" and not os.path.isabs(place))  # a name on the Hub
+        require(is_word or os.path.exists(place), f"{folder} was made with --{name} "
+                f"{saved[name]}, which is not there; say where it is now: {usage}")
+    return dataclasses.replace(s, resume=folder, out=folder)
 
 
 def command_of(method: str) -> str:
@@ -197,11 +224,31 @@ class Run:
     inputs: dict[str, str] = dataclasses.field(default_factory=dict)  # name → SHA-256
     method: str = "grpo"
     trained: int = 0  # parameters that its optimiser moves
+    cost: Cost = dataclasses.field(default_factory=Cost)
 
 
 def prompts_path(s: Settings) -> Path:
     """The file of prompts: --prompts, or the bundled one that fits the base."""
     return s.prompts or (TINY if is_tiny(s.model) else TINY.parent) / "prompts.jsonl"
+
+
+def read_prompt_rows(path: Path, tokenizer: Tokenizer) -> list[dict]:
+    """Rows of prompts whose splits are known words, and whose sides share no prompt."""
+    rows = read_rows(path, responses=False)
+    require_untemplated(rows, tokenizer.control)
+    for row in rows:
+        require(split_of(row) in ("train", *HELD_OUT), f"{place_of(row)}: split is "
+                f"{row.get('split')!r:.99}; known are train, and for the evaluation "
+                f"{', '.join(HELD_OUT)}")
+    require_apart(rows, lambda row: HELD_OUT[0] if split_of(row) in HELD_OUT else
+                  "train", lambda row: (row.get("system"), same_text(row["prompt"])))
+    others = [split_of(row) for row in rows if split_of(row) in HELD_OUT[1:]]
+    if others:
+        notice(f"{path}: rows of split {', '.join(sorted({*others}))} are held "
+               f"out, as {HELD_OUT[0]} is: {len(others)}")
+    if any("split" in row for row in rows) and {*map(split_of, rows)} == {"train"}:
+        notice(f"{path}: no row is held out, so a fifth of the prompts is")
+    return rows
 
 
 def read_prompts(s: Settings, tokenizer: Tokenizer,
@@ -210,28 +257,31 @@ def read_prompts(s: Settings, tokenizer: Tokenizer,
 
     A prompt keeps its number in the file, whatever the order it is drawn in: the number
     chooses its random numbers. Rows without a split are trained on; where no row is
-    held out, a fifth of the texts is.
+    held out, a fifth of the texts is. A row's own system message comes before its
+    prompt, as --system does.
 
     Raises:
-        UserError: a prompt that leaves no room for an answer, or too few prompts.
+        UserError: a prompt that leaves no room for an answer, or stands on both sides;
+            an unknown split; two system messages; or too few prompts.
     """
     path = prompts_path(s)
+    rows = read_prompt_rows(path, tokenizer)
     train_prompts, held_out = [], []
-    rows = read_rows(path, responses=False)
     for index, row in enumerate(rows):
-        ids = tokenizer.chat(row["prompt"], s.system)
+        require(s.system is None or "system" not in row, f"{place_of(row)}: the row "
+                "has a system message of its own, and --system is given; leave one out")
+        ids = tokenizer.chat(row["prompt"], row.get("system", s.system))
         prompt = Prompt(row["prompt"], ids, index)
         need = len(prompt.ids) + s.max_new_tokens
-        require(need <= context, f"{path}: prompt {index + 1} needs {need} tokens with "
-                f"its answer, the context has {context}; shorten it")
-        held = row.get("split", "train") == "heldout"
-        (held_out if held else train_prompts).append(prompt)
+        require(need <= context, f"{place_of(row)}: the prompt needs {need} tokens "
+                f"with its answer, the context has {context}; shorten it")
+        (held_out if split_of(row) in HELD_OUT else train_prompts).append(prompt)
     if not held_out:  # a file without splits: hold out a fifth
         random.Random(0).shuffle(train_prompts)
-        texts = list(dict.fromkeys(p.text for p in train_prompts))  # no twins
+        texts = list(dict.fromkeys(same_text(p.text) for p in train_prompts))
         fifth = set(texts[:max(1, len(texts) // 5)])
-        held_out = [p for p in train_prompts if p.text in fifth]
-        train_prompts = [p for p in train_prompts if p.text not in fifth]
+        held_out = [p for p in train_prompts if same_text(p.text) in fifth]
+        train_prompts = [p for p in train_prompts if same_text(p.text) not in fifth]
     require(len(train_prompts) >= s.prompts_per_step, f"{path} has "
             f"{len(train_prompts)} prompts to train on; --prompts-per-step asks for "
             f"{s.prompts_per_step}")
@@ -262,16 +312,16 @@ def learned_scorer(scorer: reward_model.RewardModel,
         tokenizer.chat(prompt.text), responses)
 
 
-def find_reward_model(s: Settings, model: Qwen,
-                      tokenizer: Tokenizer) -> reward_model.RewardModel:
-    """Load the reward model of this base; train it first where there is none.
+def find_reward_model(s: Settings, model: Qwen, tokenizer: Tokenizer
+                      ) -> tuple[reward_model.RewardModel, Path]:
+    """Load the reward model of this base, and its folder.
 
-    A run that is resumed must find the one that it began with.
+    Where none is named and there is none yet, it is trained first.
     """
-    folder = Path(s.reward) if s.reward else reward_model.default_folder(s.model)
+    folder = Path(s.reward) if s.reward else reward_model.own_folder(s.model, model)
+    require_another_judge(s, folder)
     if s.reward or (folder / "reward.json").is_file():
-        return reward_model.load(model, folder)
-    require(s.resume is None, f"{folder}, the reward model of this run, is gone")
+        return reward_model.load(model, folder), folder
     require(parallel.size() == 1, f"there is no reward model for {s.model} yet; train "
             "it first, in one process: python reward_model.py")
     print(f"there is no reward model for {s.model} yet: training one into {folder}")
@@ -279,9 +329,37 @@ def find_reward_model(s: Settings, model: Qwen,
     with only_writer(folder):
         scorer = reward_model.train_reward_model(model, tokenizer, options.resolved(),
                                                  folder)
+    require_another_judge(s, folder)  # now there is something to compare with
     for parameter in scorer.parameters():
         parameter.requires_grad_(False)
-    return scorer
+    return scorer, folder
+
+
+def require_another_judge(s: Settings, reward: Path) -> None:
+    """Refuse a --judge that is the reward model, or was trained as it was.
+
+    Whoever is paid to please a reader cannot be judged by the same reader.
+    """
+    if s.judge is None:
+        return
+    need = "--judge needs a reward model of its own: python reward_model.py --split …"
+    require(os.path.realpath(s.judge) != os.path.realpath(reward),
+            f"{s.judge} is the reward model itself; {need}")
+    if not all((folder / "reward.json").is_file() for folder in (s.judge, reward)):
+        return
+    weights = [[file_sha256(folder / name) for name in reward_model.FILES[1:3]]
+               for folder in (s.judge, reward)]
+    require(weights[0] != weights[1], f"{s.judge} is a copy of the reward model "
+            f"{reward}; {need}")
+    one, other = map(reward_model.origin_of, (s.judge, reward))
+    if one is None or other is None:
+        return
+    known = 2 if one[2] and other[2] else 3  # the labels themselves, or their number
+    if one[1] == other[1] and one[known] == other[known]:
+        require(one[0] != other[0], f"{s.judge} was trained as {reward} was, on the "
+                f"same labels, split and seed; {need}")
+        notice(f"{s.judge} was trained on the same labels and split as {reward}, by "
+               "another seed; it is no independent judge")
 
 
 def prepare(s: Settings, method: str) -> tuple[Run, list[Prompt], list[Prompt]]:
@@ -298,7 +376,8 @@ def prepare(s: Settings, method: str) -> tuple[Run, list[Prompt], list[Prompt]]:
         require(gold is not None, "--reward gold: these prompts are not from the tiny "
                 "world, for which alone there is a gold rubric")
     else:
-        scorer = find_reward_model(s, model, tokenizer)
+        scorer, folder = find_reward_model(s, model, tokenizer)
+        s = dataclasses.replace(s, reward=str(folder))
         axes, score = scorer.axes, learned_scorer(scorer, tokenizer)
         gold = gold_scorer(tokenizer, prompts + held_out, axes)
     judges = {"gold": gold} if gold else {}
@@ -309,6 +388,7 @@ def prepare(s: Settings, method: str) -> tuple[Run, list[Prompt], list[Prompt]]:
         judges = {"judge": learned_scorer(judge, tokenizer)} | judges
     weights = reward_model.parse_weights(s.weights, axes)
     lora.attach(model, "policy", s.rank, 2 * s.rank, s.seed)
+    s = dataclasses.replace(s, prompts=prompts_path(s))
     run = Run(s, model, tokenizer, axes, weights, score, judges, s.out,
               identify(s, model), method)
     return run, prompts, held_out
@@ -320,10 +400,9 @@ def identify(s: Settings, model: Qwen) -> dict[str, str]:
     Of the base only a fingerprint: hashing 14B would take longer than loading it.
     """
     hashes = {"base": fingerprint(model), "prompts": file_sha256(prompts_path(s))}
-    reward = Path(s.reward or reward_model.default_folder(s.model))
-    folders = {"reward model": None if s.reward == "gold" else reward, "judge": s.judge}
-    for name, folder in folders.items():
-        if folder is not None and folder.is_dir():
+    reward = None if s.reward in (None, "gold") else Path(s.reward)
+    for name, folder in (("reward model", reward), ("judge", s.judge)):
+        if folder is not None:
             shas = [file_sha256(folder / file) for file in reward_model.FILES]
             hashes[name] = hashlib.sha256("".join(shas).encode()).hexdigest()
     return hashes
@@ -368,6 +447,16 @@ def require_unfinished(folder: Path) -> None:
         raise UserError(f"{folder} is finished already; nothing is left to resume")
 
 
+def earlier_cost(folder: Path | None) -> object:
+    """What the processes before this one kept of the time of a run; None if nothing."""
+    if folder is None:
+        return None
+    if (folder / CHECKPOINT).is_file():
+        return checkpoint_about(folder / CHECKPOINT).get("cost")
+    before = folder / BEFORE
+    return read_json(before).get("cost") if before.is_file() else None
+
+
 def announce(run: Run) -> None:
     """Say what will be done, and write it down as config.json.
 
@@ -377,8 +466,9 @@ def announce(run: Run) -> None:
     s, shares = run.settings, (run.weights / run.weights.sum()).tolist()
     print("R = " + " + ".join(f"{w:.2f} {a}" for w, a in
                               zip(shares, run.axes, strict=True)))
-    print(f"{s.steps} steps of {s.prompts_per_step} prompts × {s.group_size} "
-          f"responses; writing {run.folder}")
+    training = (f"{s.steps} steps of {s.prompts_per_step} prompts × {s.group_size} "
+                "responses") if s.steps else "no training"
+    print(f"{training}; writing {run.folder}")
     path, config = run.folder / CONFIG, config_of(run)
     if parallel.rank():
         return
@@ -386,15 +476,17 @@ def announce(run: Run) -> None:
         write_json(path, config)
         return
     require_unfinished(run.folder)  # now that nobody else is writing here
-    for file in run.folder.glob(".*.*"):  # of a process that was killed
-        file.unlink()
+    for name in (CONFIG, *LINES, CHECKPOINT, BEFORE, "summary.json"):
+        for file in run.folder.glob(f".{name}.*"):  # of a process that was killed
+            file.unlink()
     saved = read_json(path)
     inputs = saved.get("inputs")
     require(isinstance(inputs, dict), f"{path} lacks the SHA-256 of its inputs")
     changed = sorted(name for name in run.inputs.keys() | inputs.keys()
                      if inputs.get(name) != run.inputs.get(name))
+    options = " ".join(INPUTS[name] for name in changed if name in INPUTS)
     require(not changed, f"{run.folder} was made with another {', '.join(changed)}; "
-            "put the old one back, or start another run")
+            f"say where the old one is ({options}), or start another run")
     for name in ("torch", "threads", "processes"):
         if saved.get(name) != config[name]:
             print(f"note: {name} was {saved.get(name)} and is {config[name]} now; the "
@@ -407,14 +499,11 @@ def config_of(run: Run) -> dict:
     PyTorch's version and the numbers of threads and processes change how sums round,
     and with them, after some steps, what is sampled.
     """
-    s = run.settings
-    config = {name: getattr(s, name) for name in option_names(type(s))}
-    config = {k: str(v) if isinstance(v, Path) else v for k, v in config.items()}
-    return config | {
-        "method": run.method, "out": str(run.folder), "resume": None, "axes": run.axes,
+    s = dataclasses.replace(run.settings, out=run.folder, resume=None)
+    return as_saved(s, run.folder) | {
+        "method": run.method, "axes": run.axes,
         "weights_used": (run.weights / run.weights.sum()).tolist(),
         "inputs": run.inputs,
-        "reward": s.reward or str(reward_model.default_folder(s.model)),
         "torch": torch.__version__, "threads": torch.get_num_threads(),
         "processes": parallel.size()}
 
@@ -451,7 +540,7 @@ class Log:
         with contextlib.ExitStack() as stack:
             self.bar = stack.enter_context(tqdm(
                 total=self.total, initial=min(self.done, self.total), unit="step",
-                **parallel.progress()))
+                **parallel.progress(self.total)))
             self.stop = stack.enter_context(Stop())
             self.files = [stack.enter_context(append(self.run.folder / name))
                           for name in LINES]
@@ -484,11 +573,12 @@ class Log:
     def _save(self, step: int) -> None:
         # The lines first: a checkpoint must not know more than they do.
         for file in self.files:
-            os.fsync(file.fileno())
+            machine.sync(file.fileno())
         hashes = {name: file_sha256(self.run.folder / name)
                   for name in (CONFIG, *LINES)}
         save_checkpoint(self.path, self.state, self.optimizer,
-                        {"step": step, "lines": self.counts, **hashes})
+                        {"step": step, "lines": self.counts, **hashes,
+                         "cost": self.run.cost.so_far()})
 
     def _restore(self) -> None:
         # The first process may still be writing the checkpoint of a first half.
@@ -536,24 +626,21 @@ def save_policy(run: Run) -> None:
                   base_name(run.settings.model))
 
 
-def finish(run: Run, held_out: list[Prompt], before: tuple, after: tuple,
-           started: float) -> None:
-    """Print the table and write summary.json and the checksums.
+def finish(run: Run, held_out: list[Prompt], before: tuple, after: tuple) -> None:
+    """Write summary.json and the checksums; then, when all is on disk, say so.
 
     Args:
         before, after: figures and answers, from `evaluate`.
-        started: of `time.perf_counter`, when the program began.
     """
     if parallel.rank():
         return
     s = run.settings
-    print_report(run, held_out, before, after)
-    seconds = time.perf_counter() - started
+    seconds, peak = run.cost.so_far().values()
     lines = (run.folder / LINES[0]).read_text().splitlines()
     metrics = [json.loads(line) for line in lines]
     write_json(run.folder / "summary.json", {
         "before": before[0], "after": after[0], "seconds": round(seconds, 1),
-        "peak_rss_gb": round(peak_rss_gb(), 2), "seed": s.seed,
+        "peak_rss_gb": round(peak, 2), "seed": s.seed,
         "training_seconds": round(sum(m["seconds"] for m in metrics), 1),
         "sampled_tokens": sum(m["tokens"] for m in metrics),
         "trained_tokens": sum(m["trained_tokens"] for m in metrics),
@@ -565,9 +652,15 @@ def finish(run: Run, held_out: list[Prompt], before: tuple, after: tuple,
     write_checksums(run.folder, [CONFIG, *LINES, "summary.json"])
     for name in (CHECKPOINT, BEFORE):
         (run.folder / name).unlink(missing_ok=True)
+    print_report(run, held_out, before, after)
     saved = f"adapter in {run.folder / 'adapter'} (PEFT format)" if run.trained else (
         "nothing was trained")
-    print(f"\n{format_seconds(seconds)}, peak {peak_rss_gb():.2f} GB; {saved}")
+    print(f"\n{format_seconds(seconds)}, peak {peak:.2f} GB; {saved}")
+
+
+def figure(value: float | None) -> str:
+    """Two decimals; what is beyond a float has none."""
+    return "beyond any number" if value is None else f"{value:.2f}"
 
 
 def print_report(run: Run, held_out: list[Prompt], before: tuple,
@@ -583,8 +676,8 @@ def print_report(run: Run, held_out: list[Prompt], before: tuple,
     print(format_table(["scored by, axis", "before", "after", "change"], rows))
     how = "at most" if "kl_is_a_bound" in after[0] else "exactly"
     print(f"KL to the base: {how} {after[0]['kl']:.3f} nats a token; under the base, "
-          f"perplexity {before[0]['base_perplexity']:.2f} → "
-          f"{after[0]['base_perplexity']:.2f}; distinct 3-grams "
+          f"perplexity {figure(before[0]['base_perplexity'])} → "
+          f"{figure(after[0]['base_perplexity'])}; distinct 3-grams "
           f"{before[0]['distinct_3_grams']:.2f} → {after[0]['distinct_3_grams']:.2f}")
     for i in random.Random(run.settings.seed).sample(range(len(held_out)),
                                                      min(3, len(held_out))):

@@ -25,6 +25,7 @@ width; of a micro-batch: n rows, N response tokens.
 
 import dataclasses
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -43,6 +44,7 @@ from model import Cache, Qwen, micro_batches, pad_rows
 from plumbing import parallel
 from plumbing.files import one_line_errors, read_json, require, verify_checksums
 from plumbing.options import option, parse_settings, with_defaults
+from plumbing.paths import located
 from reward_model import combine
 from run import Prompt, Run
 
@@ -154,7 +156,7 @@ def rollout(
     uniforms = uniforms.reshape(rows, room).to(model.device)
     tokens = torch.zeros(rows, room, dtype=torch.long, device=model.device)
     logp = torch.zeros(rows, room, device=model.device)
-    length = torch.full((rows,), room, device=model.device)
+    length = torch.zeros(rows, dtype=torch.long, device=model.device)
     ended = torch.zeros(rows, dtype=torch.bool, device=model.device)
     stops = torch.tensor(tokenizer.stop_ids, device=model.device)
     unembed = model.unembed[:tokenizer.valid]
@@ -170,12 +172,14 @@ def rollout(
         last, chosen = sample_token(logits, temperature, uniforms[active, t])
         tokens[active, t], logp[active, t] = last, chosen
         stop = torch.isin(last, stops)
-        if stop.any():
-            # The end token belongs to the response: its length is t + 1.
-            length[active[stop]], ended[active[stop]] = t + 1, True
-            going = (~stop).nonzero()[:, 0]
-            if not len(going):
-                break
+        # The end token belongs to the response. A row that goes on counts on.
+        length[active], ended[active] = t + 1, stop
+        # The one moment of a step at which the host waits for the device.
+        going = [row for row, end in enumerate(stop.tolist()) if not end]
+        if not going:
+            break
+        if len(going) < len(active):
+            going = torch.tensor(going, device=model.device)
             active, last = active[going], last[going]
             cache.keep(going)
     require(bool(logp.isfinite().all()), "the model's logits are not finite; lower "
@@ -391,8 +395,10 @@ class Settings:
                                 positional=True, nargs="?")
     adapter: Path | None = option(None, "run folder of grpo.py (or its adapter folder)")
     model: str | None = option(None, "checkpoint folder or Hub name (default: the "
-                               "run's, or the bundled tiny model)")
+                               "run's, or the bundled tiny model)", unless=())
     reward: Path | None = option(None, "reward model folder (default: the run's)")
+    any_base: bool = option(False, "take an adapter and a reward model that were "
+                            "trained on other weights, such as a copy in fp16")
     max_new_tokens: int = option(128, "longest answer, in tokens", low=1)
     temperature: float = option(0.7, "0 always takes the likeliest token", low=0)
     seed: int = option(0, "seed of the sampling", low=0)
@@ -407,6 +413,9 @@ def run_of_adapter(settings: Settings) -> tuple[Path | None, dict]:
     inner = settings.adapter / "adapter"
     folder = inner if inner.is_dir() else settings.adapter
     path = folder.parent / "config.json"
+    require(inner.is_dir() or not (folder / "config.json").is_file()
+            or (folder / "adapter_config.json").is_file(), f"{folder} has no adapter: "
+            "its run has not ended, or trains nothing (best_of_n)")
     if not path.is_file():
         return folder, {}
     verify_checksums(folder.parent)
@@ -414,12 +423,13 @@ def run_of_adapter(settings: Settings) -> tuple[Path | None, dict]:
     for name in ("model", "reward", "system"):
         require(config.get(name) is None or isinstance(config[name], str),
                 f"{path}: {name} must be text")
+    model, reward = (config.get(name) and located(config[name], folder.parent)
+                     for name in ("model", "reward"))
     # A folder of somebody else's must not choose what is fetched from the Hub.
-    model = config.get("model")
-    require(settings.model or (model and Path(model).is_dir()),
-            f"{folder} was trained on {model}, which is no folder here; name it with "
-            "--model")
-    return folder, config
+    require(settings.model or (model and os.path.isdir(model)),
+            f"{folder} was trained on {config.get('model')}, which is no folder here; "
+            "name it with --model")
+    return folder, config | {"model": model, "reward": reward}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -433,15 +443,16 @@ def main(argv: list[str] | None = None) -> None:
     model, tokenizer = load(source, pick_device(settings.device))
     speakers = [("base", None)]
     if folder:
-        lora.load(model, "policy", folder)
+        lora.load(model, "policy", folder, settings.any_base)
         speakers.append(("aligned", "policy"))
     used = config.get("reward") or "gold"  # by the run; the gold rubric has no folder
     judge = settings.reward or (
-        reward_model.default_folder(source) if used == "gold" else Path(used))
-    scorer = reward_model.load(model, judge) if judge.is_dir() else None
+        reward_model.own_folder(source, model) if used == "gold" else Path(used))
+    scorer = (reward_model.load(model, judge, any_base=settings.any_base)
+              if os.path.isdir(judge) else None)
     if scorer is None:
-        print(f"there is no reward model at {judge}: answers get no scores",
-              file=sys.stderr)
+        print(f"there is no reward model at {judge}: answers get no scores; name it "
+              "with --reward", file=sys.stderr)
     turn = 0
     for prompt in [settings.prompt] if settings.prompt is not None else ask():
         ids = tokenizer.chat(prompt, config.get("system"))
@@ -463,7 +474,7 @@ def ask():
     while True:
         try:
             prompt = input("\nyou: ")
-        except EOFError:
+        except (EOFError, RuntimeError):  # Python's word for a closed stdin
             print()
             return
         if prompt.strip():

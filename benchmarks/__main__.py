@@ -12,6 +12,7 @@ third of the time.
 
 import dataclasses
 import json
+import os
 import platform
 import re
 import subprocess
@@ -105,10 +106,11 @@ def all_rows(model: str) -> list[Row]:
 
 
 def measure(row: Row, side: str) -> dict:
-    """One process of one side."""
+    """One process of one side, with this one's threads."""
     words = json.dumps(row.case | {"side": side})
+    env = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     end = subprocess.run([sys.executable, "-m", "benchmarks.cases", words], cwd=ROOT,
-                         capture_output=True, text=True, check=False)
+                         capture_output=True, text=True, check=False, env=env)
     if end.returncode:
         lines = end.stderr.strip().splitlines() or ["it printed nothing"]
         raise UserError(f"{row.name}, {side}: {lines[-1]} (needs "

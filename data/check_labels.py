@@ -19,8 +19,9 @@ import numpy as np
 
 from data.world import AXES
 from plumbing.figures import format_table
-from plumbing.files import one_line_errors, read_rows, require
+from plumbing.files import one_line_errors, require
 from plumbing.options import option, parse_settings
+from plumbing.rows import read_rows
 from plumbing.statistics import spearman
 
 HOME = Path(__file__).parent

@@ -37,12 +37,12 @@ from model import Config, Qwen, pad_rows
 from plumbing.files import (
     one_line_errors,
     read_json,
-    read_rows,
     write_checksums,
     write_json,
     write_whole,
 )
 from plumbing.options import option, parse_settings
+from plumbing.rows import read_rows
 from results import tables
 from sample import draw_uniforms, rollout
 

@@ -6,7 +6,8 @@ from itertools import groupby
 from pathlib import Path
 
 from loading import TINY
-from plumbing.files import read_rows, write_whole
+from plumbing.files import write_whole
+from plumbing.rows import read_rows
 
 PROMPTS = {"train": 150, "test": 40}  # with 16 labelled responses each
 

@@ -41,6 +41,8 @@ def main(argv: list[str]) -> None:
     name, rest = (argv or [""])[0], argv[1:]
     if name in ("-h", "--help"):
         print(__doc__)
+        for known in NAMES:
+            print(importlib.import_module(f"methods.{known}").__doc__.split("\n")[0])
     elif name in compare.KINDS:
         compare.main(name, rest)
     else:

@@ -32,12 +32,12 @@ from plumbing.files import (
     CHECKSUMS,
     only_writer,
     read_json,
-    read_rows,
     require,
     write_json,
     write_whole,
 )
 from plumbing.options import flag, option, option_names, parse_settings
+from plumbing.rows import read_rows
 from results import plot, tables
 from run import CONFIG
 

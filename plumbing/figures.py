@@ -2,13 +2,14 @@
 
 import contextlib
 import os
-import resource
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+
+from plumbing import machine
 
 
 class Clock:
@@ -28,21 +29,46 @@ class Clock:
         self.seconds[phase] = self.seconds.get(phase, 0.0) + spent
 
 
+class Cost:
+    """Seconds and peak memory of a run, those of its earlier processes included."""
+
+    def __init__(self, earlier: object = None) -> None:
+        """Begin now; `earlier` is what `so_far` said in the process before."""
+        self.started = time.perf_counter()
+        earlier = earlier if isinstance(earlier, dict) else {}
+        self.seconds, self.peak = (
+            value if type(value) in (int, float) and 0 <= value < 1e12 else 0.0
+            for value in map(earlier.get, ("seconds", "peak_rss_gb")))
+
+    def so_far(self) -> dict[str, float]:
+        """What was spent until now, to be kept with what it was spent on."""
+        return {"seconds": self.seconds + time.perf_counter() - self.started,
+                "peak_rss_gb": max(self.peak, peak_rss_gb())}
+
+
 def peak_rss_gb() -> float:
     """Largest resident memory of this process so far, in GB (10^9 bytes)."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak * (1 if sys.platform == "darwin" else 1024) / 1e9  # Linux counts KiB
+    return machine.peak_memory() / 1e9
 
 
-def available_memory() -> int:
-    """Bytes of main memory that a new allocation could use."""
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass  # not Linux: all memory is the best guess
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+def available_memory(root: Path = Path("/")) -> int:
+    """Bytes of main memory that a new allocation could use: the least of all limits.
+
+    These are the kernel's own estimate, what a container may still have, and what
+    `ulimit` leaves.
+
+    Args:
+        root: where /proc and /sys lie.
+    """
+    left = machine.limits_of_containers(root) + machine.limits_of_this_process(root)
+    for line in machine.read_text(root / "proc/meminfo").splitlines():
+        if line.startswith("MemAvailable:"):
+            left.append(int(line.split()[1]) * 1024)
+            break
+    else:  # not Linux: all memory is the best guess, if it is known
+        left.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+                    if hasattr(os, "sysconf") else sys.maxsize)
+    return max(0, min(left))
 
 
 def format_table(header: list[str], rows: list[list[object]]) -> str:

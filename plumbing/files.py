@@ -4,17 +4,20 @@ Every file is written to a temporary name in its own folder, flushed and renamed
 folder that is finished carries SHA-256 checksums; one process at a time writes it.
 """
 
+import codecs
 import contextlib
-import fcntl
 import hashlib
 import json
+import math
 import os
+import re
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import torch
+from plumbing import machine
+from plumbing.words import lasting_output, program
 
 CHECKSUMS = "SHA256SUMS"
 CHECKPOINT = "checkpoint.safetensors"  # only in a folder that is not finished
@@ -38,22 +41,41 @@ def require(condition: bool, message: str) -> None:
 
 @contextlib.contextmanager
 def one_line_errors():
-    """Turn a UserError into one line on stderr and exit status 2: no traceback."""
+    """Turn bad input, a faulty machine and too little memory into one line, status 2.
+
+    Everything else is a mistake of ours, and keeps its traceback. Until the block ends,
+    words that cannot be shown stop nothing.
+    """
+    with lasting_output(), _one_line():
+        yield
+
+
+@contextlib.contextmanager
+def _one_line():
     try:
         yield
-    except UserError as error:
-        line = " ".join(str(error).split())
-        print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
-        sys.exit(2)
-    except torch.OutOfMemoryError:
-        print(f"{Path(sys.argv[0]).name}: error: out of memory; lower --group-size, "
-              "--prompts-per-step or --max-new-tokens (python -m benchmarks.plan tells "
-              "what a run needs)",
-              file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt:
-        print("\nstopped by the keyboard; nothing more was written", file=sys.stderr)
+        machine.say("\nstopped by the keyboard; nothing more was written (a run that "
+                    "has begun goes on with --resume)")
         sys.exit(130)
+    except Exception as error:
+        line = explanation(error)
+        if line is None:
+            raise
+        machine.say(f"{program()}: error: {line}")
+        sys.exit(2)
+
+
+def explanation(error: Exception) -> str | None:
+    """What a person can do about an error, in one line; None: it is our mistake."""
+    if machine.out_of_memory(error):
+        return ("out of memory; lower --group-size, --prompts-per-step or "
+                "--max-new-tokens (python -m benchmarks.plan tells what a run needs)")
+    if isinstance(error, UserError):
+        return " ".join(str(error).split())
+    if isinstance(error, OSError) and error.errno in machine.FAULTS:
+        return f"cannot use {error.filename or 'a file'}: {error.strerror}"
+    return None
 
 
 def write_whole(path: Path, content: bytes | str) -> None:
@@ -62,7 +84,9 @@ def write_whole(path: Path, content: bytes | str) -> None:
     The temporary file lies in the same folder: a rename is atomic only within one
     file system.
     """
-    data = content.encode() if isinstance(content, str) else content
+    # A path may hold bytes that are no UTF-8, as half surrogates: JSON's "\\udcff".
+    data = (content.encode("utf-8", "backslashreplace") if isinstance(content, str)
+            else content)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -70,20 +94,17 @@ def write_whole(path: Path, content: bytes | str) -> None:
             with os.fdopen(handle, "wb") as file:
                 file.write(data)
                 file.flush()
-                os.fsync(file.fileno())
-            os.chmod(name, 0o644)
+                machine.sync(file.fileno())
+            machine.let_all_read(name)
             os.replace(name, path)
         except BaseException:
-            os.unlink(name)
+            with contextlib.suppress(OSError):  # the first fault is the one to tell
+                os.unlink(name)
             raise
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the new name, too, outlives a power cut
-        finally:
-            os.close(folder)
+        machine.sync_folder(path.parent)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; choose another "
-                        "folder with --out") from error
+        raise UserError(f"cannot write {path}: {error.strerror}; make room and go on "
+                        "with --resume, or choose another folder with --out") from error
 
 
 def append_line(file, record: dict) -> None:
@@ -92,7 +113,7 @@ def append_line(file, record: dict) -> None:
     Raises:
         UserError: the disk is full, or gone.
     """
-    data = (json.dumps(record, ensure_ascii=False) + "\n").encode()
+    data = (to_json(record) + "\n").encode("utf-8", "backslashreplace")
     try:
         while data:  # a disk that is nearly full takes a part
             data = data[file.write(data):]
@@ -111,9 +132,26 @@ def append(path: Path):
         raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
+def finite(content: object) -> object:
+    """The same with null for every number that JSON has not: NaN and infinities."""
+    if isinstance(content, float):
+        return content if math.isfinite(content) else None
+    if isinstance(content, dict):
+        return {key: finite(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [finite(value) for value in content]
+    return content
+
+
+def to_json(content: object, indent: int | None = None) -> str:
+    """JSON as every parser reads it; `finite` comes first."""
+    return json.dumps(finite(content), indent=indent, ensure_ascii=False,
+                      allow_nan=False)
+
+
 def write_json(path: Path, content: object) -> None:
     """Write `content` as indented JSON, whole."""
-    write_whole(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    write_whole(path, to_json(content, indent=1) + "\n")
 
 
 def read_json(path: Path) -> dict:
@@ -133,89 +171,56 @@ def read_json(path: Path) -> dict:
     return content
 
 
-def read_rows(path: Path, responses: bool, labels: bool = False) -> list[dict]:
-    """Read a JSONL file of prompts, with responses and scores where they are asked for.
+def write_checksums(folder: Path, names: Sequence[str]) -> None:
+    """List the SHA-256s of our own files, `names`, as `sha256sum` does.
 
-    Args:
-        path: one JSON object a line: `prompt`, `response`, `scores` {axis: 0..1}.
-        responses: every row needs a `response`.
-        labels: every row needs `scores`.
-
-    Raises:
-        UserError: naming file, line and what to mend.
+    By name: what else lies in a folder (a log, somebody's notes) may change.
     """
-    try:
-        # Not `splitlines`, which also cuts at U+2028 and others that JSON allows.
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        why = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise UserError(f"cannot read {path}: {why}") from error
-    rows = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            rows.append(_checked_row(line, f"{path}:{number}", responses, labels))
-    require(bool(rows), f"{path} has no rows; each line is a JSON object")
-    return rows
-
-
-def _checked_row(line: str, place: str, responses: bool, labels: bool) -> dict:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{place}: not valid JSON ({error})") from error
-    require(isinstance(row, dict), f"{place}: expected a JSON object, found "
-            f"{type(row).__name__}")
-    for field in ("prompt", "response") if responses else ("prompt",):
-        require(isinstance(row.get(field), str), f"{place}: \"{field}\" must be a text")
-    halves = any("\ud800" <= c <= "\udfff" for c in json.dumps(row, ensure_ascii=False))
-    require(not halves, f"{place}: the row holds half a surrogate pair; save the file "
-            "as proper UTF-8")
-    require(bool(row["prompt"].strip()), f"{place}: the prompt is empty")
-    if labels:
-        _check_scores(row.get("scores"), place)
-    return row
-
-
-def _check_scores(scores: object, place: str) -> None:
-    require(isinstance(scores, dict) and bool(scores), f"{place}: \"scores\" must name "
-            "at least one axis")
-    for axis, score in scores.items():
-        number = isinstance(score, (int, float)) and not isinstance(score, bool)
-        require(number and 0 <= score <= 1,  # false for NaN too
-                f"{place}: score of {axis} is {json.dumps(score)}, expected a number "
-                "from 0 to 1")
-
-
-def write_checksums(folder: Path, names: list[str] | None = None) -> None:
-    """List SHA-256s as `sha256sum` does: of `names`, or of every file of `folder`.
-
-    "Every" leaves out what will not stay: checkpoints, and temporary files of a process
-    that was killed.
-    """
-    if names is None:
-        names = sorted(f.name for f in folder.iterdir() if f.is_file()
-                       and f.name not in (CHECKSUMS, CHECKPOINT)
-                       and not f.name.startswith("."))
-    lines = [f"{file_sha256(folder / name)}  {name}\n" for name in names]
+    lines = [f"{file_sha256(folder / name)}  {name}\n" for name in sorted(names)]
     write_whole(folder / CHECKSUMS, "".join(lines))
 
 
+# Lines that `sha256sum` writes, without --tag and with it. A backslash in front says
+# that the name is escaped; "*" that the file was read as binary.
+PLAIN = re.compile(r"(\\?)(?P<sum>[0-9a-fA-F]{64}) [ *](?P<name>.+)", re.DOTALL)
+TAGGED = re.compile(r"(\\?)SHA256 \((?P<name>.+)\) = (?P<sum>[0-9a-fA-F]{64})",
+                    re.DOTALL)
+ESCAPES = {"\\\\": "\\", "\\n": "\n", "\\r": "\r"}
+
+
 def verify_checksums(folder: Path) -> None:
-    """Refuse a folder of ours in which a file was altered; others carry no list.
+    """Refuse a folder in which a listed file was altered; many carry no list.
+
+    The list may be ours, or anything that `sha256sum` writes.
 
     Raises:
-        UserError: a listed file is missing or has another SHA-256.
+        UserError: a line is no checksum, names a file that is not in this folder, or
+            the file has another SHA-256.
     """
     listing = folder / CHECKSUMS
     if not listing.is_file():
         return
-    for line in listing.read_text(encoding="utf-8", errors="replace").splitlines():
-        digest, _, name = line.partition("  ")
-        file = folder / name
-        require(bool(name) and Path(name).name == name and file.is_file(),
-                f"{listing} names a file that is not there: {name!r}")
-        require(file_sha256(file) == digest, f"{file} is not the file that was written "
-                f"(its SHA-256 differs from {CHECKSUMS}); restore or retrain it")
+    try:
+        # As the shell has names: bytes that are no UTF-8 stay what they are.
+        text = os.fsdecode(listing.read_bytes().removeprefix(codecs.BOM_UTF8))
+    except OSError as error:
+        raise UserError(f"cannot read {listing}: {error.strerror}") from error
+    lines = text.removesuffix("\n").split("\n")
+    for number, line in enumerate(lines, 1):
+        line = line.removesuffix("\r")
+        match = PLAIN.fullmatch(line) or TAGGED.fullmatch(line)
+        require(match is not None, f"{listing}:{number}: no checksum, as sha256sum "
+                f"writes it: {line!r:.99}; restore the list, or delete it")
+        name = match["name"]
+        if match[1]:
+            name = re.sub(r"\\[\\nr]", lambda m: ESCAPES[m[0]], name)
+        file, parts = folder / name, Path(name).parts
+        require(".." not in parts and not Path(name).is_absolute()
+                and os.path.isfile(file), f"{listing}:{number} names a file that is "
+                f"not there: {name!r:.99}")
+        require(file_sha256(file) == match["sum"].lower(), f"{file} is not the file "
+                f"that was written (its SHA-256 differs from {CHECKSUMS}); restore or "
+                "retrain it")
 
 
 def file_sha256(path: Path) -> str:
@@ -229,27 +234,29 @@ def file_sha256(path: Path) -> str:
 
 @contextlib.contextmanager
 def only_writer(folder: Path) -> Iterator[None]:
-    """Refuse a second process that writes the same run folder.
+    """Refuse a second process that writes the same run folder, and one without room.
 
     The lock is on the folder itself and dies with the process, so that a run that was
-    killed can be resumed at once.
+    killed can be resumed at once. Where folders have no locks a note says so.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        raise UserError(f"cannot write into {folder}: {error.strerror}; choose another "
-                        "--out") from error
-    try:
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            folder.mkdir(parents=True, exist_ok=True)
+            handle = machine.open_folder(folder)
+            if handle is not None:
+                stack.callback(os.close, handle)
+            free = machine.lock(handle)
+            if free:
+                stack.callback(_remove_if_empty, folder)  # of a run that was refused
+                tempfile.TemporaryFile(dir=folder).close()  # is there a file to be had?
         except OSError as error:
-            raise UserError(f"another process is writing {folder}; choose another "
-                            "--out, or wait for it") from error
-        try:
-            yield
-        finally:
-            with contextlib.suppress(OSError):
-                folder.rmdir()  # if it is empty: a refused run leaves nothing behind
-    finally:
-        os.close(handle)
+            raise UserError(f"cannot write into {folder}: {error.strerror}; choose "
+                            "another --out") from error
+        require(free, f"another process is writing {folder}; choose another --out, or "
+                "wait for it")
+        yield
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()

@@ -119,6 +119,6 @@ def all_reduce_gradients(parameters: list[Tensor]) -> None:
     all_reduce(*(p.grad for p in parameters))
 
 
-def progress():
-    """Where a progress bar goes: to stderr, from the first process alone."""
-    return {"file": sys.stderr, "disable": rank() > 0}
+def progress(total: int = 1) -> dict:
+    """Where a progress bar goes: to stderr, from the first process, if any work is."""
+    return {"file": sys.stderr, "disable": rank() > 0 or not total}

@@ -7,7 +7,6 @@ lines again.
 import hashlib
 import json
 import signal
-import sys
 import time
 from pathlib import Path
 
@@ -16,13 +15,16 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from plumbing import machine
 from plumbing.files import UserError, require, write_whole
 
 
 class Stop:
-    """Ctrl-C and SIGTERM ask for a stop after the current step; a second one insists.
+    """Ctrl-C, SIGTERM or a closed terminal ask for a stop after the current step.
 
-    Inside `with Stop() as stop:`, a loop looks at `stop.asked` after every step.
+    Inside `with Stop() as stop:`, a loop looks at `stop.asked` after every step. Ctrl-C
+    or SIGTERM insists when it comes second. SIGHUP never does: a terminal that closes
+    sends it twice. Under nohup, which ignores it, it stays ignored.
     """
 
     def __init__(self) -> None:
@@ -30,7 +32,11 @@ class Stop:
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> "Stop":
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)  # Windows has no SIGHUP
+            if number is None or (
+                    name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN):
+                continue
             self._before[number] = signal.signal(number, self._ask)
         return self
 
@@ -38,11 +44,12 @@ class Stop:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _ask(self, *_: object) -> None:
-        if self.asked:
+    def _ask(self, number: int, _: object) -> None:
+        if not self.asked:
+            self.asked = True
+            machine.say("\nstopping after this step; once more to stop at once")
+        elif number in (signal.SIGINT, signal.SIGTERM):
             raise KeyboardInterrupt
-        self.asked = True
-        print("\nstopping after this step; once more to stop at once", file=sys.stderr)
 
 
 class CheckpointTimer:

@@ -4,6 +4,7 @@ Nothing of the project is imported here: a folder of results can be read on a ma
 that has Python alone.
 """
 
+import contextlib
 import json
 import os
 import tempfile
@@ -69,7 +70,8 @@ def write_whole(path: Path, content: bytes) -> None:
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(content)
-            os.chmod(temporary, 0o644)  # mkstemp lets nobody else read it
+            with contextlib.suppress(OSError):  # some file systems have no permissions
+                os.chmod(temporary, 0o644)  # mkstemp lets nobody else read it
             os.replace(temporary, path)
         except BaseException:
             os.unlink(temporary)

@@ -33,7 +33,8 @@ def curves(metrics: list[dict]) -> dict[str, dict[str, list[float]]]:
                for axis in metrics[0]["axes"]}
     panels = {"mean scores of the responses": scores,
               "response tokens": {"length": [m["length"] for m in metrics]}}
-    if all("kl" in m for m in metrics):  # --beta 0 computes no reference
+    # --beta 0 computes no reference; null is beyond any number.
+    if all(m.get("kl") is not None for m in metrics):
         panels["exact KL to the base, nats a token"] = {
             "KL": [m["kl"] for m in metrics]}
     return panels

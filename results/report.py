@@ -59,7 +59,7 @@ def page_data(folder: Path) -> dict:
             **{axis: [m["axes"][axis]["mean"] for m in steps]
                for axis in config["axes"]}},
         "others": {key: [m[key] for m in steps] for key in ("kl", "entropy", "length")
-                   if all(key in m for m in steps)},
+                   if all(m.get(key) is not None for m in steps)},
         "before": summary.get("before"), "after": summary.get("after"),
         "groups": groups(samples, config["group_size"])}
 

@@ -21,6 +21,11 @@ REPORT = "reward.json"  # a reward model's
 ANSWERS = 10  # pairs that are shown
 
 
+def number(value: float | None, digits: str = ".3f") -> str:
+    """A figure; a dash for null, which stands for what is beyond any number."""
+    return "–" if value is None else f"{value:{digits}}"
+
+
 def judges_of(run: dict) -> list[str]:
     """Who judged this run: `--reward gold` has no reward model, most have no judge."""
     return [who for who in ("reward_model", "judge", "gold") if who in run["before"]]
@@ -60,10 +65,11 @@ def text_table(runs: dict[str, dict]) -> list[str]:
         if len(gains) == 2 and gains["reward_model"] > 0:
             ratio = gains["judge"] / gains["reward_model"]
             share = f"{ratio:.0%} of the reward model's"
-        cells = [share, f"{after['kl']:.3f}"]
-        cells += [f"{before[key]:{digits}} → {after[key]:{digits}}" for key, digits in (
-            ("base_perplexity", ".2f"), ("distinct_3_grams", ".3f"), ("length", ".1f"),
-            ("cut_off", ".0%"))]
+        cells = [share, number(after["kl"])]
+        cells += [f"{number(before[key], digits)} → {number(after[key], digits)}"
+                  for key, digits in (
+                      ("base_perplexity", ".2f"), ("distinct_3_grams", ".3f"),
+                      ("length", ".1f"), ("cut_off", ".0%"))]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return lines
 
@@ -168,8 +174,8 @@ def mean_of_axes(scores: dict[str, float]) -> float:
 
 def mean_and_deviation(values: list[float], digits: str = ".3f") -> str:
     """Mean ± standard deviation over the seeds."""
-    if len(values) == 1:
-        return f"{values[0]:{digits}}"
+    if len(values) == 1 or None in values:
+        return number(None if None in values else values[0], digits)
     return f"{mean(values):{digits}} ± {stdev(values):{digits}}"
 
 
@@ -233,5 +239,5 @@ def search_table(summaries: dict[str, list[dict]]) -> list[str]:
     rows.sort(key=lambda row: (row[0][0], -row[1]["gold"]["R"]))
     return ["| method | settings | gold R | reward model R | KL |", "|" + "---|" * 5,
             *(f"| {method} | {' '.join(settings)} | {after['gold']['R']:.3f} | "
-              f"{after['reward_model']['R']:.3f} | {after['kl']:.3f} |"
+              f"{after['reward_model']['R']:.3f} | {number(after['kl'])} |"
               for (method, *settings), after in rows)]

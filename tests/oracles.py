@@ -5,16 +5,21 @@ B is not zero; `row_logs` is the reference for every log-prob: repeated prompt, 
 logits, nothing shared, nothing padded.
 """
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
+import safetensors.torch
 import torch
 
 import grpo
 import lora
 import model as qwen
 import run
+from loading import TINY
 from plumbing.figures import Clock
+from plumbing.files import read_json
 from reward_model import combine
 from sample import Batch, Rollout
 
@@ -141,6 +146,19 @@ def row_logs(run_, batch, row: int, response: list[int]):
     policy, ref = every("policy"), every(None)
     chosen = torch.tensor(response)[:, None]
     return (policy.gather(1, chosen)[:, 0], ref.gather(1, chosen)[:, 0], policy, ref)
+
+
+def another_reader(folder: Path) -> Path:
+    """A judge: the tiny reward model, a little further from the middle."""
+    shutil.copytree(TINY / "reward", folder)
+    (folder / "SHA256SUMS").unlink()
+    head = safetensors.torch.load_file(folder / "head.safetensors")
+    safetensors.torch.save_file(head | {"weight": 1.5 * head["weight"]},
+                                folder / "head.safetensors")
+    about = read_json(folder / "reward.json")
+    about["report"]["settings"]["split"] = "judge"
+    (folder / "reward.json").write_text(json.dumps(about))
+    return folder
 
 
 def train_batch(run_, batch, advantage, alive=None,

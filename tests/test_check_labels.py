@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from data import check_labels
-from plumbing.files import UserError, read_rows
+from plumbing.files import UserError
+from plumbing.rows import read_rows
 
 ROOT = Path(__file__).parent.parent
 DATASHEET = (ROOT / "data" / "README.md").read_text()

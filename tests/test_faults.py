@@ -3,12 +3,16 @@
 * A full disk or a folder that cannot be written ends the run with one line and status
   2; what was saved stays good, and the run resumes.
 * A reward that is not a number, or has other axes than the weights, is refused.
+* Results before words: nothing that hears them (a terminal with fewer letters, a closed
+  pipe, a full disk behind it) costs any; a figure beyond a float is null.
 * Empty responses and endless ones are responses; steps without a live group are noted.
 """
 
 import json
+import math
 import os
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -21,7 +25,14 @@ import torch
 import evaluate
 import grpo
 import run
-from plumbing.files import UserError, read_json, verify_checksums
+from plumbing.files import (
+    CHECKPOINT,
+    CHECKSUMS,
+    UserError,
+    read_json,
+    verify_checksums,
+)
+from results import tables
 from sample import Rollout
 
 ROOT = Path(__file__).parent.parent
@@ -30,10 +41,10 @@ SHORT = ["--steps", "3", "--prompts-per-step", "2", "--group-size", "4",
          "--save-every", "1"]
 
 
-def program(*words: str, before=None) -> subprocess.CompletedProcess:
+def program(*words: str, before=None, **environment) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, str(ROOT / "grpo.py"), *words], cwd=ROOT,
                           check=False, capture_output=True, text=True,
-                          preexec_fn=before)
+                          preexec_fn=before, env=os.environ | environment)
 
 
 def small_files() -> None:
@@ -97,6 +108,62 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
     assert end.returncode == 2
     assert "Traceback" not in end.stderr
     assert "cannot write" in last_line(end.stderr)
+
+
+# -------------------------------------------------------------- results before words
+
+
+def test_a_terminal_that_is_not_utf8_costs_nothing(tmp_path):
+    end = program(*SHORT, "--out", str(tmp_path / "run"), PYTHONIOENCODING="ascii")
+    assert end.returncode == 0, end.stderr
+    assert "2 prompts \\xd7 4 responses" in end.stdout
+    verify_checksums(tmp_path / "run")
+    assert (tmp_path / "run" / "summary.json").is_file()
+
+
+def test_a_pipe_that_closes_costs_nothing(tmp_path):
+    words = [sys.executable, str(ROOT / "grpo.py"), *SHORT, "--out",
+             str(tmp_path / "run")]
+    end = subprocess.run(
+        ["bash", "-c", shlex.join(words) + " 2>&1 | head -1; exit ${PIPESTATUS[0]}"],
+        cwd=ROOT, check=False, capture_output=True, text=True,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"})
+    assert (end.returncode, end.stderr) == (0, "")
+    assert len(end.stdout.splitlines()) == 1
+    verify_checksums(tmp_path / "run")
+    assert (tmp_path / "run" / "summary.json").is_file()
+
+
+def test_the_results_are_on_disk_before_anything_is_said(monkeypatch, tmp_path):
+    def said(*_) -> None:
+        verify_checksums(tmp_path / "run")
+        assert (tmp_path / "run" / CHECKSUMS).is_file()
+        assert not (tmp_path / "run" / CHECKPOINT).exists()
+        raise RuntimeError("said")
+
+    monkeypatch.setattr(run, "print_report", said)
+    with pytest.raises(RuntimeError, match="said"):
+        grpo.main([*SHORT, "--out", str(tmp_path / "run")])
+
+
+def test_a_perplexity_beyond_a_float_is_null(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(evaluate, "kl_and_surprise", lambda *_: (math.inf, 1e9))
+    with pytest.MonkeyPatch.context() as patch:  # and before.json is read again
+        patch.setattr(grpo, "train", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            grpo.main([*SHORT, "--out", str(tmp_path / "run")])
+    inner, titles = grpo.evaluate, []
+    for module in (grpo, evaluate):
+        monkeypatch.setattr(module, "evaluate", lambda run_, held_out, title: (
+            titles.append(title) or inner(run_, held_out, title)))
+    grpo.main(["--resume", str(tmp_path / "run")])
+    assert titles == ["after"]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text(),
+                         parse_constant=pytest.fail)
+    for when in ("before", "after"):
+        assert summary[when]["base_perplexity"] is summary[when]["kl"] is None
+    assert "perplexity beyond any number" in capsys.readouterr().out
+    assert "| – → – |" in tables.tables([str(tmp_path / "run")])
 
 
 def with_scores(monkeypatch, scores) -> None:

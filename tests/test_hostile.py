@@ -25,7 +25,8 @@ import loading
 import lora
 import reward_model
 from model import Qwen
-from plumbing.files import CHECKPOINT, CHECKSUMS, UserError, read_rows
+from plumbing.files import CHECKPOINT, CHECKSUMS, UserError
+from plumbing.rows import read_rows
 from run import BEFORE
 
 SECONDS, GIGABYTES = 10, 1.0  # more than that is a hang, or too much
@@ -157,8 +158,10 @@ def read_labels(folder: Path, tokenizer: loading.Tokenizer) -> None:
     reward_model.split_rows(rows, "train", 0)
 
 
-def resume_run(folder: Path) -> None:
-    grpo.main(["--resume", str(folder), "--device", "cpu"])
+def resume_run(folder: Path, base: Path, root: Path) -> None:
+    prompts = str(root / "prompts" / "prompts.jsonl")
+    grpo.main(["--resume", str(folder), "--device", "cpu", "--model", str(base),
+               "--prompts", prompts, "--reward", str(root / "reward")])
 
 
 @pytest.fixture(scope="module")
@@ -199,7 +202,8 @@ def originals(tmp_path_factory, checkpoint):
         "labels": (root / "labels", ["labels.jsonl"],
                    lambda folder: read_labels(folder, tokenizer)),
         "run folder": (root / "run", ["config.json", CHECKPOINT, BEFORE,
-                                      "metrics.jsonl", "samples.jsonl"], resume_run)}
+                                      "metrics.jsonl", "samples.jsonl"],
+                       lambda folder: resume_run(folder, base, root))}
 
 
 def interrupted(folder: Path, base: Path, root: Path) -> None:

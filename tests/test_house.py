@@ -1,8 +1,8 @@
 """The rooms of the house: who stands on whom, and how much fits on a page.
 
 * A file imports only what lies on a floor beneath it, inside functions too: plumbing <
-  frozen < model < loading < lora, logprob < reward_model < run < sample < evaluate <
-  grpo < methods. There is no circle, in any folder.
+  frozen < model < tokenizer < loading < adapters < lora, logprob < reward_model < run <
+  sample < evaluate < grpo < methods. There is no circle, in any folder.
 * World, subjects and rubric import nothing but each other; plumbing/ and results/
   nothing but themselves.
 * A function fits a screen; of `grpo.py` at least three lines in ten are words.
@@ -16,9 +16,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("plumbing", "methods", "data", "results", "benchmarks", "exercises")
 FLOORS = (
-    ("plumbing",), ("frozen",), ("model",), ("loading",), ("logprob_triton",),
-    ("lora", "logprob"), ("reward_model",), ("run",), ("sample",), ("evaluate",),
-    ("grpo",), ("methods",))
+    ("plumbing",), ("frozen",), ("model",), ("tokenizer",), ("loading",), ("adapters",),
+    ("logprob_triton",), ("lora", "logprob"), ("reward_model",), ("run",), ("sample",),
+    ("evaluate",), ("grpo",), ("methods",))
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 WORLD = {"data.world", "data.subjects", "data.rubric"}
 

@@ -16,6 +16,8 @@ import pytest
 import torch
 from conftest import REAL, every_variant, needs_real_qwen
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import lora
 import model as qwen
@@ -120,6 +122,42 @@ def test_left_padded_prompts_equal_single_ones(exact, variant):
                 alone = exact.prefill([prompt])
                 for mine, its in zip(together.keys, alone.keys, strict=True):
                     assert close(mine[p:p + 1, :, 12 - len(prompt):], its)
+
+
+class LargestTensor(TorchDispatchMode):
+    """How many numbers the largest tensor of any operation has."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self.numbers = max(self.numbers, tensor.numel())
+        return out
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("variant", ["qwen2-tied"])
+def test_prompts_of_several_lengths_take_memory_in_proportion_to_their_length(exact):
+    largest = []
+    for length in (500, 1000):
+        with LargestTensor() as seen:
+            exact.prefill(ids(8, length, length - 1, 3, length, 0))
+        largest.append(seen.numbers)
+    # Two rows of the MLP's 96, or five of a layer's keys: a mask would have S² places.
+    assert largest == [500 * 192, 1000 * 192]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("variant", ["qwen3-untied"])
+def test_prompts_of_one_length_are_computed_at_once(exact):
+    passes = []
+    hook = exact.model.layers[0].register_forward_hook(
+        lambda block, given, out: passes.append(tuple(out.shape[:2])))
+    exact.prefill(ids(8, 4, 9, 4, 0, 9, 4))
+    hook.remove()
+    assert passes == [(3, 4), (2, 9)]
 
 
 @every_variant

@@ -11,6 +11,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -253,8 +254,8 @@ def test_two_runs_give_their_tables_pages_and_pictures(tmp_path, capsys):
     assert f"| {one} | reward model | 0.500 → 0.500 |" in out
     assert f"| {two} | reward model | 0.500 → 0.500 |" in out
     assert out.splitlines()[-5:] == [
-        "", *(f"wrote {folder / name}" for folder in (one, two)
-              for name in ("report.html", "curves.png"))]
+        "", *(f"wrote {folder / name}" for name in ("report.html", "curves.png")
+              for folder in (one, two))]
     assert err == ""
     for folder in (one, two):
         assert files_of(folder) == old | {"report.html", "curves.png"}
@@ -352,3 +353,17 @@ def test_the_command_has_an_exit_status(tmp_path):
             check=False, capture_output=True, text=True)
         assert end.returncode == status, end.stderr
         assert "Traceback" not in end.stderr
+
+
+def test_pages_are_written_before_words_that_a_terminal_may_not_know(tmp_path):
+    write_run(tmp_path / "run")
+    for shell in ("", " | head -1 > /dev/null"):
+        words = shlex.join([sys.executable, "-m", "results", str(tmp_path / "run")])
+        end = subprocess.run(
+            ["bash", "-c", f"{words}{shell}; exit ${{PIPESTATUS[0]}}"], cwd=ROOT,
+            env=os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUNBUFFERED": "1"},
+            capture_output=True, check=False)
+        assert end.returncode == 0, end.stderr
+        assert b"\\u2192" in end.stdout or shell
+        assert b"Traceback" not in end.stderr
+        (tmp_path / "run" / "report.html").unlink()

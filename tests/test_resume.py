@@ -4,18 +4,25 @@
   the undisturbed run, to the byte (seconds and memory aside): for GRPO and PPO, and for
   DPO and SFT, both while they sample and while they learn.
 * What the second half needs comes from the folder; no step is made twice.
-* Ctrl-C and SIGTERM finish the step, save, and say how to go on.
+* Ctrl-C and SIGTERM finish the step, save, and say how to go on; so does a terminal
+  that closes.
 * Other settings, another input or a broken checkpoint are refused by name.
+* What starts must resume: odd values, a tree that has moved as a whole; what lies
+  elsewhere now is asked for by its option, and taken if its SHA-256 is the same.
+* Seconds and peak memory add up.
 * Two processes never write one folder.
 * The reward model's training goes on when its command is given again.
 * slow: SIGKILL at random moments, 5 of them, of GRPO and of PPO; `KILLS=50 pytest -m
-  slow -k killed` for more.
+  slow -k killed` for more. And whole runs of random settings, `RUNS=20`, each killed.
 """
 
 import contextlib
+import dataclasses
+import functools
 import importlib
 import json
 import os
+import pty
 import random
 import shutil
 import signal
@@ -25,12 +32,16 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from oracles import another_reader
 
 import grpo
 import reward_model
 import run
+import sample
 from loading import TINY
 from methods.__main__ import run_method
+from plumbing import figures
 from plumbing.files import (
     CHECKPOINT,
     CHECKSUMS,
@@ -40,6 +51,7 @@ from plumbing.files import (
     verify_checksums,
     write_json,
 )
+from plumbing.options import flag
 
 ROOT = Path(__file__).parent.parent
 SHORT = ["--steps", "4", "--prompts-per-step", "2", "--group-size", "4",
@@ -70,7 +82,7 @@ def outcome(folder: Path) -> dict:
     summary = read_json(folder / "summary.json")
     return {
         "files": sorted(str(p.relative_to(folder)) for p in folder.rglob("*")),
-        "adapter": (folder / "adapter" / "adapter_model.safetensors").read_bytes(),
+        "adapter": [path.read_bytes() for path in folder.glob("adapter/*.safetensors")],
         "samples": (folder / "samples.jsonl").read_bytes(),
         "metrics": [{k: v for k, v in m.items() if not k.startswith("seconds")}
                     for m in metrics],
@@ -214,6 +226,24 @@ def test_a_signal_finishes_the_step_and_says_how_to_go_on(
     assert outcome(folder) == wanted
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="a terminal of Linux")
+def test_a_terminal_that_closes_leaves_a_run_that_resumes(tmp_path, undisturbed):
+    folder, wanted = tmp_path / "run", undisturbed("grpo")
+    child, terminal = pty.fork()
+    if not child:
+        os.execv(sys.executable, [sys.executable, str(ROOT / "grpo.py"), *SHORT,
+                                  "--save-every", "100", "--out", str(folder)])
+    lines = folder / "metrics.jsonl"
+    while not (lines.is_file() and lines.stat().st_size):
+        time.sleep(0.01)
+    os.close(terminal)
+    os.waitpid(child, 0)
+    assert (folder / CHECKPOINT).is_file()
+    align("grpo", "--resume", str(folder))
+    assert outcome(folder) == wanted
+
+
 def test_the_same_settings_may_be_repeated(interrupted, undisturbed):
     wanted = undisturbed("grpo")
     grpo.main([*SHORT, "--resume", str(interrupted)])
@@ -289,6 +319,147 @@ def test_two_processes_do_not_write_one_folder(tmp_path, interrupted, monkeypatc
 
 def outcome_files(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in folder.glob("*") if p.is_file()}
+
+
+# ---------------------------------------------------- odd values, and what has moved
+
+
+def test_odd_values_resume(tmp_path):
+    folder, system = tmp_path / "é 'run' ~", "Be kind.\nAnd\xa0brief.\t水"
+    words = [*SHORT, "--system", system, "--seed", str(2 ** 63 - 1), "--weights",
+             "safety=2, politeness=1e-320", "--min-std", "-0.0"]
+    outcomes = []
+    for out, at in ((tmp_path / "whole", None), (folder, 3)):
+        if at is None:
+            grpo.main([*words, "--out", str(out)])
+        else:
+            with in_the_middle_of(at, cut_the_power), \
+                    pytest.raises(RuntimeError, match="power cut"):
+                grpo.main([*words, "--out", str(out)])
+            grpo.main(["--resume", f"{out}/"])
+        outcomes.append(outcome(out))
+    assert outcomes[0] == outcomes[1]
+    assert read_json(folder / "config.json")["system"] == system
+
+
+@pytest.fixture
+def tree(tmp_path, monkeypatch):
+    """A base, reward model, judge and prompts of one's own, and a run on them."""
+    root = tmp_path / "clone"
+    shutil.copytree(TINY, root / "models" / "base")
+    shutil.copytree(TINY / "reward", root / "models" / "reward")
+    another_reader(root / "models" / "judge")
+    rows = [{"prompt": json.loads(line)["prompt"]} for line in
+            (TINY / "prompts.jsonl").read_text().splitlines()[:20]]
+    (root / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.chdir(root)
+    with in_the_middle_of(3, cut_the_power), pytest.raises(RuntimeError):
+        grpo.main([*SHORT, "--model", "models/base", "--reward", "models/reward",
+                   "--judge", "models/judge", "--prompts", "p.jsonl", "--out",
+                   "runs/x"])
+    monkeypatch.chdir(tmp_path)
+    return root
+
+
+def test_a_tree_that_has_moved_resumes_as_it_would_have_ended(tree, tmp_path):
+    shutil.copytree(tree, tmp_path / "moved")
+    grpo.main(["--resume", str(tree / "runs" / "x")])
+    wanted = outcome(tree / "runs" / "x")
+    shutil.rmtree(tree)
+    folder = tmp_path / "moved" / "runs" / "other"
+    (tmp_path / "moved" / "runs" / "x").rename(folder)
+    grpo.main(["--resume", str(folder)])
+    assert outcome(folder) == wanted
+    for file in folder.rglob("*"):  # nor does the adapter say where it was made
+        assert file.is_dir() or str(tmp_path).encode() not in file.read_bytes()
+
+
+def test_what_lies_elsewhere_is_asked_for_and_taken_by_its_hash(tree, tmp_path):
+    folder, other = tree / "runs" / "x", tmp_path / "else"
+    given, moves = [], {
+        "--model": "models/base", "--reward": "models/reward",
+        "--judge": "models/judge", "--prompts": "p.jsonl"}
+    other.mkdir()
+    for number, name in enumerate(moves.values()):
+        (tree / name).rename(other / str(number))
+    for name in ("--model", "--prompts", "--reward", "--judge"):
+        with pytest.raises(UserError, match=f"was made with {name} .* is not there; "
+                           f"say where it is now: {name} (DIR|FILE)"):
+            grpo.main(["--resume", str(folder), *given])
+        given += [name, str(other / str([*moves].index(name)))]
+    altered = tmp_path / "altered.jsonl"
+    altered.write_text((other / "3").read_text() + "\n")
+    with pytest.raises(UserError, match=r"made with another prompts; .*--prompts FILE"):
+        grpo.main(["--resume", str(folder), *given, "--prompts", str(altered)])
+    with pytest.raises(UserError, match="was made with --lr"):
+        grpo.main(["--resume", str(folder), *given, "--lr", "1"])
+    with pytest.raises(UserError, match="leave --out out"):
+        grpo.main(["--resume", str(folder), *given, "--out", str(tmp_path / "new")])
+    grpo.main(["--resume", str(folder), *given, "--out", str(folder)])
+    verify_checksums(folder)
+    # The chat asks for the base, too.
+    with pytest.raises(UserError, match="name it with --model"):
+        sample.main(["How?", "--adapter", str(folder)])
+    sample.main(["How?", "--adapter", str(folder), *given[:2], "--max-new-tokens", "2"])
+
+
+def test_the_chat_finds_what_has_moved_with_the_run(tree, tmp_path, capsys):
+    grpo.main(["--resume", str(tree / "runs" / "x")])
+    tree.rename(tmp_path / "moved")
+    capsys.readouterr()
+    sample.main(["How?", "--adapter", str(tmp_path / "moved" / "runs" / "x"),
+                 "--max-new-tokens", "2"])
+    assert capsys.readouterr().out.count("politeness") == 2
+
+
+def test_somebody_elses_files_stay(interrupted):
+    for name in (".config.yaml.swp", ".a.b", "notes.txt"):
+        (interrupted / name).write_text("mine")
+    (interrupted / ".my.folder").mkdir()
+    (interrupted / ".metrics.jsonl.abcd1234").touch()  # ours, of a process killed
+    grpo.main(["--resume", str(interrupted)])
+    assert {f.name for f in interrupted.glob(".*")} == {
+        ".config.yaml.swp", ".a.b", ".my.folder"}
+    (interrupted / "notes.txt").write_text("changed")
+    verify_checksums(interrupted)
+
+
+# --------------------------------------------------------------- what a run has spent
+
+
+@pytest.mark.parametrize("method", ["grpo", "dpo"])
+def test_seconds_and_memory_add_up(method, tmp_path, monkeypatch):
+    class Late(figures.Cost):  # a process that has run for a thousand seconds, at 99 GB
+        def so_far(self):
+            spent = super().so_far()
+            return {"seconds": spent["seconds"] + 1000,
+                    "peak_rss_gb": max(self.peak, 99.0)}
+
+    for at in (2, 1):  # after a checkpoint; and with before.json alone
+        folder = tmp_path / str(at)
+        with monkeypatch.context() as patch:
+            patch.setattr(grpo, "Cost", Late)
+            broken_off(method, folder, at + 1)
+            if at == 1:
+                assert not (folder / CHECKPOINT).exists()
+            with in_the_middle_of(1, cut_the_power), pytest.raises(RuntimeError):
+                align(method, "--resume", str(folder))
+        align(method, "--resume", str(folder))
+        summary = read_json(folder / "summary.json")
+        # The second process broke off before it had kept anything.
+        assert 1000 < summary["seconds"] < 1500
+        assert summary["peak_rss_gb"] == 99.0
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        assert summary["training_seconds"] == pytest.approx(
+            sum(json.loads(line)["seconds"] for line in lines), abs=0.06)
+
+
+@pytest.mark.parametrize("kept", [None, [], {}, {"seconds": "x"}, {"seconds": -1},
+                                  {"seconds": True, "peak_rss_gb": 1e300}])
+def test_what_was_not_kept_counts_as_nothing(kept):
+    cost = figures.Cost(kept)
+    assert (cost.seconds, cost.peak) == (0, 0)
+    assert cost.so_far()["peak_rss_gb"] == figures.peak_rss_gb()
 
 
 # ---------------------------------------------------------------- the reward model
@@ -394,3 +565,65 @@ def test_a_run_that_is_killed_at_random_moments_ends_the_same(program, tmp_path)
         shutil.rmtree(folder)
     print(kinds)
     assert kinds["checkpoint"]  # the others would prove little
+
+
+DRAWS = {  # a random word for each option that changes what a run does
+    "weights": lambda c: c.choice(["", "safety=2", "politeness=0,safety=1e-3"]),
+    "system": lambda c: c.choice(["Be kind.\nBe brief.", "\xa0\t水\u2028", "", " ",
+                                  '"\\\'', "x " * 99]),
+    "steps": lambda c: c.randint(2, 4), "prompts_per_step": lambda c: c.randint(1, 3),
+    "group_size": lambda c: c.randint(2, 4), "rank": lambda c: c.randint(1, 8),
+    "max_new_tokens": lambda c: c.randint(8, 16), "epochs": lambda c: c.randint(1, 2),
+    "temperature": lambda c: c.uniform(0.7, 1.5), "clip": lambda c: c.random() + 1e-9,
+    "lr": lambda c: 10 ** c.uniform(-4, -2), "value_lr": lambda c: 1e-3,
+    "seed": lambda c: c.getrandbits(63), "save_every": lambda c: c.randint(1, 3),
+    "eval_prompts": lambda c: c.randint(1, 4), "beta": lambda c: c.uniform(1e-3, 0.5),
+    "inner_steps": lambda c: c.randint(1, 2), "min_std": lambda c: c.random() ** 9,
+    "gamma": lambda c: c.random(), "lam": lambda c: c.random(),
+    "reward": lambda c: c.choice(["gold", str(TINY / "reward")]),
+    "judge": lambda c: TINY / "reward", "prompts": lambda c: TINY / "prompts.jsonl"}
+ALWAYS = ("steps", "prompts_per_step", "group_size", "max_new_tokens", "eval_prompts")
+
+
+def random_options(cls: type, chance: random.Random) -> list[str]:
+    """Short words for a program, of any of its options."""
+    words = ["--device=cpu"]
+    for field in dataclasses.fields(cls):
+        draw, choices = DRAWS.get(field.name), field.metadata.get("choices")
+        if choices and field.name != "size":
+            draw = functools.partial(random.Random.choice, seq=choices)
+        if draw and field.init and (field.name in ALWAYS or chance.random() < 0.4):
+            words.append(f"{flag(field.name)}={draw(chance)}")
+    return words
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(int(os.environ.get("RUNS", "20"))))
+def test_whatever_starts_resumes_when_it_is_killed(number, tmp_path):
+    chance = random.Random(number)
+    method = [*OPTIONS, "best_of_n"][number % 5]
+    module = grpo if method == "grpo" else importlib.import_module(f"methods.{method}")
+    whole, folder = tmp_path / "whole", tmp_path / chance.choice(["x", "é 'y'", "~"])
+    for _ in range(20):  # until the settings are such as a run accepts
+        words, started = random_options(module.Settings, chance), time.monotonic()
+        with contextlib.suppress(UserError):
+            align(method, *words, "--out", str(whole))
+            break
+        shutil.rmtree(whole, ignore_errors=True)
+    length, wanted = time.monotonic() - started, outcome(whole)
+    program = ["grpo.py"] if method == "grpo" else ["-m", "methods", method]
+    process = subprocess.Popen(
+        [sys.executable, *program, *words, "--out", str(folder)], cwd=ROOT,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())})
+    while not (folder / "config.json").exists() and process.poll() is None:
+        time.sleep(0.01)
+    time.sleep(chance.random() * length)
+    process.kill()
+    process.wait()
+    print(words, sorted(p.name for p in folder.iterdir()))
+    if not (folder / CHECKSUMS).exists():
+        align(method, "--resume", str(folder))
+    left = outcome(folder)
+    left["files"] = [f for f in left["files"] if not Path(f).name.startswith(".")]
+    assert left == wanted, words

@@ -25,7 +25,7 @@ import loading
 import lora
 import reward_model
 from model import Config, Qwen
-from plumbing.files import UserError, write_checksums
+from plumbing.files import UserError, file_sha256, write_checksums
 from reward_model import Group, RewardModel
 
 AXES = ["politeness", "safety", "actionability"]
@@ -76,6 +76,8 @@ class StubTokenizer:
 
     def encode(self, text: str) -> list[int]:
         return [int(word) for word in text.split()]
+
+    encode_response = encode
 
     def chat(self, prompt: str) -> list[int]:
         return [1, *self.encode(prompt), 4]
@@ -264,7 +266,7 @@ def test_a_saved_reward_model_gives_identical_scores(saved):
 
 def rewrite_head(folder, **tensors: torch.Tensor) -> None:
     safetensors.torch.save_file(tensors, folder / "head.safetensors")
-    write_checksums(folder)
+    write_checksums(folder, reward_model.FILES)
 
 
 def test_an_altered_file_is_refused(saved):
@@ -289,7 +291,7 @@ def test_a_missing_head_is_refused(saved):
 def test_axes_that_do_not_fit_the_head_are_refused(saved, axes):
     folder, _ = saved
     (folder / "reward.json").write_text(json.dumps({"axes": axes, "depth": DEPTH}))
-    write_checksums(folder)
+    write_checksums(folder, reward_model.FILES)
     with pytest.raises(UserError, match=r"expected \{|must name the axes"):
         reward_model.load(tiny_base(), folder)
 
@@ -298,7 +300,7 @@ def test_axes_that_do_not_fit_the_head_are_refused(saved, axes):
 def test_a_depth_that_the_base_has_not_is_refused(saved, depth):
     folder, _ = saved
     (folder / "reward.json").write_text(json.dumps({"axes": AXES, "depth": depth}))
-    write_checksums(folder)
+    write_checksums(folder, reward_model.FILES)
     with pytest.raises(UserError, match=r"depth is .* from 1 to 3"):
         reward_model.load(tiny_base(), folder)
 
@@ -396,6 +398,88 @@ def test_a_split_that_the_file_states_is_kept():
     assert reward_model.split_rows(rows, "judge", 0) == (rows[3:], rows[:1])
 
 
+def test_a_split_is_any_word_and_null_is_train(tmp_path):
+    rows = [{"prompt": "a", "split": " Test"}, {"prompt": "b", "split": None},
+            {"prompt": "c"}, {"prompt": "d", "split": "Dev"}]
+    assert reward_model.split_rows(rows, "train", 0) == (rows[1:3], rows[:1])
+    assert reward_model.split_rows(rows, "DEV", 0) == (rows[3:], rows[:1])
+
+
+def test_a_prompt_in_two_splits_is_refused():
+    for split in ("test", "judge"):
+        rows = [{"prompt": "a", "split": "test"}, {"prompt": "b", "split": "train"},
+                {"prompt": " B", "split": split}]
+        with pytest.raises(UserError, match=f"is in {split} here, and in train at"):
+            reward_model.split_rows(rows, "train", 0)
+
+
+def test_twins_are_held_out_together():
+    rows = [{"prompt": f"{word} {i}?"} for i in range(5) for word in ("How", " how")]
+    known, held = reward_model.hold_out(rows, 0.2, 0)
+    assert (len(known), len(held)) == (8, 2)
+    assert len({r["prompt"].strip().lower() for r in held}) == 1
+
+
+def test_training_on_the_test_rows_is_refused_before_anything_is_loaded(monkeypatch):
+    monkeypatch.setattr(reward_model, "load_base", None)
+    for word in ("test", " Test"):
+        with pytest.raises(UserError, match="train on the rows that it is tested on"):
+            reward_model.main(["--split", word])
+
+
+LABEL = {"prompt": "How?", "response": "So.", "scores": {"good": 1}}
+TESTED = LABEL | {"prompt": "Why?", "split": "test"}
+
+
+def read(tmp_path, *rows: dict, **changes) -> tuple:
+    write_jsonl(tmp_path / "in.jsonl", rows)
+    settings = reward_model.Settings(validation=0.0, **changes)
+    return reward_model.read_labels(tmp_path / "in.jsonl", settings,
+                                    loading.Tokenizer(loading.TINY))
+
+
+def test_rows_of_a_split_that_nobody_names_are_counted(tmp_path, capsys):
+    other = [LABEL | {"prompt": f"{i}?", "split": ("dev", "judge")[i % 2]}
+             for i in range(5)]
+    assert read(tmp_path, LABEL, TESTED, *other) == ([LABEL], [], [TESTED])
+    said = capsys.readouterr().err
+    assert said.count("note: ") == said.count("\n") == 1
+    assert "names their split: 3 of dev, 2 of judge" in said
+    read(tmp_path, LABEL, TESTED)
+    read(tmp_path, *(LABEL | {"prompt": f"{i}?"} for i in range(5)))
+    assert capsys.readouterr().err == ""
+
+
+def test_null_scores_are_left_out_and_an_axis_that_cannot_be_learnt_is_noted(
+        tmp_path, capsys):
+    null = LABEL | {"scores": {"good": 1, "odd": None}}
+    assert read(tmp_path, null, TESTED)[0] == [LABEL]
+    assert capsys.readouterr().err == ""
+    read(tmp_path, null, TESTED | {"scores": {"odd": 0}})
+    assert "no row to train on labels odd" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"in\.jsonl:2: axis 'Good' is 'good' in other"):
+        read(tmp_path, LABEL, TESTED | {"scores": {"Good": 0}})
+
+
+def test_system_messages_of_labels_are_noted(tmp_path, capsys):
+    chat = {"messages": [{"role": role, "content": role} for role in (
+        "system", "user", "assistant")], "scores": {"good": 1}}
+    ((row,), _, _) = read(tmp_path, chat, TESTED)
+    assert (row["prompt"], row["response"]) == ("user", "assistant")
+    assert "rows that have one: 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("row", "message"), [
+    (LABEL | {"prompt": "<|im_start|>user\nHow?"}, "in a chat template already"),
+    (LABEL | {"response": "So.<|im_end|>"}, "in a chat template already"),
+    (LABEL | {"cut": "false"}, '"cut" is "false"'),
+    (LABEL | {"prompt": "why?"}, "is in train here, and in test at"),
+    ({"prompt": "How?", "completion": "So."}, 'rename "completion"')])
+def test_labels_that_are_not_what_they_seem_are_refused_by_line(row, message, tmp_path):
+    with pytest.raises(UserError, match=rf"in\.jsonl:2: .*{message}"):
+        read(tmp_path, TESTED, row)
+
+
 def test_only_a_cut_off_response_lacks_its_end_token():
     stub, encode = StubTokenizer(), reward_model.encode_response
     assert encode(stub, "5 6", cut=False) == [5, 6, 3]  # <|im_end|>, not the other stop
@@ -404,6 +488,9 @@ def test_only_a_cut_off_response_lacks_its_end_token():
     assert len(encode(stub, "", cut=True)) == 1  # there must be something to score
     stub.control = {}
     assert encode(stub, "5", cut=False) == [5, 2]  # a checkpoint with other stops
+    # `<think>` is a word of an answer, with an id of its own, and none of a prompt.
+    stub.encode_response = lambda text: [7]
+    assert encode(stub, "5", cut=True) == [7]
 
 
 def test_rows_are_gathered_by_prompt_and_unlabelled_axes_are_nan():
@@ -509,6 +596,8 @@ def test_the_program_trains_judges_and_saves(trained):
     assert rows["good"] == 4  # two of ten prompts were held out
     assert rows["odd"] in (2, 4)  # the first prompt does not label it
     assert saved["report"]["settings"]["epochs"] == 2
+    assert reward_model.origin_of(folder / "reward") == (
+        0, "train", file_sha256(folder / "labels.jsonl"), [14, 2, 4])
 
 
 def test_no_epochs_leave_the_linear_probe(trained, tmp_path):
@@ -543,6 +632,8 @@ def test_score_adds_the_scores_of_the_loaded_model(trained, tmp_path):
 @pytest.mark.parametrize(("bad", "message"), [
     ({"prompt": "Why?"}, "\"response\" must be a text"),
     ({"prompt": 3, "response": "x"}, "\"prompt\" must be a text"),
+    ({"prompt": "Why?", "response": "x", "cut": "true"}, "\"cut\" is"),
+    ({"prompt": "Why?<|im_end|>", "response": "x"}, "in a chat template"),
     ({"prompt": "  ", "response": "x"}, "prompt is empty"), ([1], "a JSON object")])
 def test_score_refuses_a_bad_row_by_file_and_line(trained, bad, message, tmp_path):
     with pytest.raises(UserError, match=rf"in\.jsonl:2: .*{message}"):
@@ -550,7 +641,7 @@ def test_score_refuses_a_bad_row_by_file_and_line(trained, bad, message, tmp_pat
     assert not (tmp_path / "out.jsonl").exists()
 
 
-@pytest.mark.parametrize("label", [1.5, -0.1, NAN, "1", None, True])
+@pytest.mark.parametrize("label", [1.5, -0.1, "1", True])
 def test_training_refuses_a_label_that_is_not_a_number_from_0_to_1(
         trained, label, tmp_path):
     good = {"prompt": "How?", "response": "So.", "scores": {"good": 1}}
@@ -572,7 +663,7 @@ def test_a_row_longer_than_the_context_is_refused(trained, tmp_path):
 def test_a_row_to_score_that_is_longer_than_the_context_is_refused(trained, tmp_path):
     rows = [{"prompt": "How?", "response": "So."},
             {"prompt": "How?", "response": "word " * 300}]
-    with pytest.raises(UserError, match=r"in\.jsonl: row 2 has \d+ tokens"):
+    with pytest.raises(UserError, match=r"in\.jsonl:2: the row has \d+ tokens"):
         score(trained, rows, tmp_path)
     assert not (tmp_path / "out.jsonl").exists()
 

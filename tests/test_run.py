@@ -6,6 +6,9 @@
   at its word; too few prompts, and prompts beyond the context, are refused.
 * The gold rubric scores the tiny world alone, in the order of the axes.
 * A learned reward reads every prompt without --system.
+* Splits of other names are held out with a note, unknown ones refused; twins stay on
+  one side; a row's own system message contradicts --system.
+* A judge that is the reward model, a copy, or trained as it was is refused.
 * What a run reads is named by its SHA-256: another file, another hash.
 * A run's folder: the next free name, by method; nothing is written over; a run goes on
   only by its own method.
@@ -17,8 +20,10 @@ import hashlib
 import json
 import math
 import shutil
+from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from oracles import PROMPTS, make_run
 
@@ -110,14 +115,84 @@ def test_a_file_with_splits_is_taken_at_its_word(tmp_path, tokenizer):
     assert other == (trained, held_out)
 
 
+@pytest.mark.parametrize("word", ["test", "validation", "val", "dev", " Test "])
+def test_a_split_by_another_name_is_held_out_with_one_note(word, tmp_path, tokenizer,
+                                                           capsys):
+    rows = [{"prompt": f"Question {i}?", "split": ("train", "heldout", word)[i % 3]}
+            for i in range(12)]
+    path = prompts_file(tmp_path, [*rows, {"prompt": "Why?", "split": None}])
+    trained, held_out = run.read_prompts(settings_for(path), tokenizer, 1024)
+    assert [p.index for p in trained] == [0, 3, 6, 9, 12]  # null is absent: train
+    assert sorted(p.index for p in held_out) == [i for i in range(12) if i % 3]
+    said = capsys.readouterr().err
+    assert said.count("note: ") == said.count("\n") == 1
+    assert f"of split {word.strip().lower()} are held out, as heldout is: 4" in said
+
+
+def test_a_file_of_train_rows_alone_is_noted_and_ours_say_nothing(tmp_path, tokenizer,
+                                                                  capsys):
+    run.read_prompts(run.Settings().resolved(), tokenizer, 1024)
+    rows = [{"prompt": f"{i}?"} for i in range(5)]
+    run.read_prompts(settings_for(prompts_file(tmp_path, rows)), tokenizer, 1024)
+    assert capsys.readouterr().err == ""
+    path = prompts_file(tmp_path, [row | {"split": "train"} for row in rows])
+    assert len(run.read_prompts(settings_for(path), tokenizer, 1024)[1]) == 1
+    assert "note: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("row", "message"), [
+    ({"prompt": "Why?", "split": "tset"}, "split is 'tset'; known are .*heldout"),
+    ({"prompt": "Why?", "split": "train[:80%]"}, "known are train"),
+    ({"prompt": "Why?", "split": 1}, '"split" must be a text'),
+    ({"prompt": " HOW? ", "split": "test"}, "is in heldout here, and in train at .*:1"),
+    ({"prompt": "<|im_start|>user\nWhy?"}, "in a chat template already"),
+    ({"prompt": "Why?", "system": "Sing."}, "and --system is given"),
+    ({"messages": [{"role": "system", "content": "Sing."},
+                   {"role": "user", "content": "Why?"}]}, "and --system is given")])
+def test_prompts_that_are_not_what_they_seem_are_refused_by_line(row, message, tmp_path,
+                                                                 tokenizer):
+    path = prompts_file(tmp_path, [{"prompt": "How?"}, row])
+    with pytest.raises(UserError, match=rf"prompts\.jsonl:2: .*{message}"):
+        run.read_prompts(settings_for(path, system="Be brief."), tokenizer, 1024)
+
+
+def test_a_row_has_a_system_message_of_its_own(tmp_path, tokenizer):
+    def chat(system: str) -> list[dict]:
+        return [{"role": "system", "content": system},
+                {"role": "user", "content": "Why?"}]
+
+    path = prompts_file(tmp_path, [
+        {"messages": chat("Sing.")}, {"prompt": "Why?"},
+        {"prompt": chat("Be brief."), "split": "test"}])
+    trained, held_out = run.read_prompts(settings_for(path), tokenizer, 1024)
+    assert [p.ids for p in trained + held_out] == [
+        tokenizer.chat("Why?", system) for system in ("Sing.", None, "Be brief.")]
+
+
+def test_twins_are_held_out_together(tmp_path, tokenizer):
+    rows = [{"prompt": f"{word} {i}?"} for i in range(5) for word in ("How", " how")]
+    path = prompts_file(tmp_path, rows)
+    trained, held_out = run.read_prompts(settings_for(path), tokenizer, 1024)
+    assert (len(trained), len(held_out)) == (8, 2)
+    assert len({p.text.strip().lower() for p in held_out}) == 1
+
+
+def test_control_tokens_inside_a_prompt_are_noted(tmp_path, tokenizer, capsys):
+    own = next(iter(tokenizer.control))
+    path = prompts_file(tmp_path, [{"prompt": f"What is {own} for?"},
+                                   {"prompt": "Why?"}])
+    run.read_prompts(settings_for(path), tokenizer, 1024)
+    assert "control tokens, or" in capsys.readouterr().err
+
+
 def test_too_few_prompts_and_too_long_ones_are_refused(tmp_path, tokenizer):
     path = prompts_file(tmp_path, [{"prompt": "Why?"}, {"prompt": "How? " * 50},
                                    {"prompt": "When?", "split": "heldout"}])
     long = len(tokenizer.chat("How? " * 50)) + 64
     settings = settings_for(path, prompts_per_step=2)
     assert len(run.read_prompts(settings, tokenizer, long)[0]) == 2
-    with pytest.raises(UserError, match=f"prompt 2 needs {long} tokens with its "
-                       f"answer, the context has {long - 1}"):
+    with pytest.raises(UserError, match=rf"prompts\.jsonl:2: the prompt needs "
+                       f"{long} tokens with its answer, the context has {long - 1}"):
         run.read_prompts(settings, tokenizer, long - 1)
     with pytest.raises(UserError, match="2 prompts to train on; --prompts-per-step "
                        "asks for 3"):
@@ -166,6 +241,57 @@ def test_a_learned_reward_reads_the_prompt_without_the_system_message(tokenizer)
     prompt = run.Prompt("Why?", tokenizer.chat("Why?", "Be brief."), 0)
     assert score(prompt, [[5]]) == (tokenizer.chat("Why?"), [[5]])
     assert prompt.ids != tokenizer.chat("Why?")
+
+
+def other_judge(folder, **changes):
+    """The bundled reward model with another head, which says `changes` of itself."""
+    shutil.copytree(TINY / "reward", folder)
+    path = folder / "head.safetensors"
+    head = safetensors.torch.load_file(path)
+    safetensors.torch.save_file(head | {"bias": head["bias"] + 1}, path)
+    about = json.loads((folder / "reward.json").read_text())
+    about["report"]["settings"] |= {k: v for k, v in changes.items() if k != "labels"}
+    about["report"] |= {k: v for k, v in changes.items() if k == "labels"}
+    (folder / "reward.json").write_text(json.dumps(about))
+    return folder
+
+
+def test_the_reward_model_is_not_its_own_judge(tmp_path, monkeypatch, capsys):
+    reward = other_judge(tmp_path / "reward", labels="a")
+    (tmp_path / "link").symlink_to(reward)
+    shutil.copytree(reward, tmp_path / "copy")
+    (tmp_path / "copy" / "reward.json").write_text("{}\n")  # it says nothing of itself
+    monkeypatch.chdir(tmp_path)
+
+    def judged_by(judge, reward=reward) -> str:
+        run.require_another_judge(run.Settings(judge=judge), reward)
+        return capsys.readouterr().err
+
+    for own in (reward, tmp_path / "link", Path("reward"), tmp_path / "x/../reward"):
+        with pytest.raises(UserError, match="is the reward model itself"):
+            judged_by(own)
+    with pytest.raises(UserError, match="is a copy of the reward model"):
+        judged_by(tmp_path / "copy")
+    shutil.copytree(reward, tmp_path / "wider")
+    same = other_judge(tmp_path / "same", labels="a", rank=4)
+    path = same / "head.safetensors"
+    head = safetensors.torch.load_file(path)
+    safetensors.torch.save_file(head | {"bias": head["bias"] + 1}, path)
+    with pytest.raises(UserError, match="the same labels, split and seed"):
+        judged_by(same)
+    with pytest.raises(UserError, match="the same labels, split and seed"):
+        judged_by(same, TINY / "reward")  # which tells the number of its rows alone
+    assert "no independent judge" in judged_by(
+        other_judge(tmp_path / "seed", labels="a", seed=1, rank=2), same)
+    assert judged_by(other_judge(tmp_path / "b", labels="b"), same) == ""
+    assert judged_by(other_judge(tmp_path / "j", labels="a", split="judge"), same) == ""
+    assert judged_by(None) == ""
+
+
+def test_a_judge_that_is_the_reward_model_starts_no_run(tmp_path):
+    settings = run.Settings(judge=TINY / "reward", out=tmp_path / "run").resolved()
+    with pytest.raises(UserError, match="--judge needs a reward model of its own"):
+        run.prepare(settings, "grpo")
 
 
 # ------------------------------------------------------------------------- the inputs
@@ -234,9 +360,7 @@ def test_a_run_goes_on_by_its_own_method(tmp_path):
     write_json(tmp_path / run.CONFIG, run.config_of(made))
     resume = ["--resume", str(tmp_path)]
     settings = run.settings_of(ppo.Settings, tmp_path, resume, "ppo")
-    assert settings == dataclasses.replace(
-        made.settings, resume=tmp_path, out=tmp_path,
-        reward=str(reward_model.default_folder(TINY)))
+    assert settings == dataclasses.replace(made.settings, resume=tmp_path, out=tmp_path)
     with pytest.raises(UserError, match="is a run of 'ppo', not of grpo; go on with: "
                        "python -m methods ppo --resume"):
         run.settings_of(run.Settings, tmp_path, resume, "grpo")
@@ -309,7 +433,7 @@ def test_a_summary_says_where_its_figures_come_from(tmp_path, capsys):
     figures = [{"reward_model": {"a": r, "b": 0.5, "R": r}, "kl": r, "length": 9,
                 "base_perplexity": 2.0, "distinct_3_grams": 1.0} for r in (0.25, 0.75)]
     answers = [["no", "maybe", "so"], ["yes", "indeed", "thus"]]
-    run.finish(run_, PROMPTS, (figures[0], answers[0]), (figures[1], answers[1]), 0.0)
+    run.finish(run_, PROMPTS, (figures[0], answers[0]), (figures[1], answers[1]))
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert (summary["before"], summary["after"]) == tuple(figures)
     assert summary["training_seconds"] == 4

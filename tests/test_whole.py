@@ -19,14 +19,22 @@ import sys
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
+from oracles import another_reader
 
 import grpo
 import lora
 import reward_model
 import sample
 from loading import TINY, Tokenizer, load
-from plumbing.files import UserError, one_line_errors, read_json, verify_checksums
+from plumbing.files import (
+    CHECKPOINT,
+    UserError,
+    one_line_errors,
+    read_json,
+    verify_checksums,
+)
 
 ROOT = Path(__file__).parent.parent
 SHORT = ["--steps", "3", "--prompts-per-step", "2", "--group-size", "4",
@@ -111,11 +119,13 @@ def test_weights_change_only_the_reward_before_training(short_run, tmp_path):
 
 
 def test_a_judge_gives_its_figures_and_changes_nothing(short_run, tmp_path):
-    grpo.main([*SHORT, "--judge", str(TINY / "reward"),
-               "--out", str(tmp_path / "run")])
+    judge = another_reader(tmp_path / "judge")
+    grpo.main([*SHORT, "--judge", str(judge), "--out", str(tmp_path / "run")])
     summary = read_json(tmp_path / "run" / "summary.json")
-    for when in ("before", "after"):  # the judge is the reward model: the same figures
-        assert summary[when]["judge"] == summary[when]["reward_model"]
+    for when in ("before", "after"):
+        ours, theirs = (summary[when][who] for who in ("judge", "reward_model"))
+        assert ours.keys() == theirs.keys()
+        assert all(ours[axis] != theirs[axis] for axis in ours)
     name = Path("adapter") / "adapter_model.safetensors"
     assert (tmp_path / "run" / name).read_bytes() == (short_run / name).read_bytes()
 
@@ -210,6 +220,47 @@ def test_a_missing_reward_model_is_trained_first(tmp_path, monkeypatch, capsys):
     assert (folder / "reward.json").is_file()
 
 
+def test_two_bases_of_one_name_have_a_reward_model_each(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    labels = lines(TINY / "labels.jsonl")
+    (tmp_path / "labels.jsonl").write_text("".join(
+        json.dumps(row) + "\n" for row in labels[:24] + [
+            row for row in labels if row["split"] == "test"][:24]))
+    train = ["--data", "labels.jsonl", "--epochs", "0"]
+    for one in ("a", "b", "c"):
+        folder = tiny_copy(tmp_path / one / "checkpoint-2")
+        (folder / "SHA256SUMS").unlink()
+        weights = safetensors.torch.load_file(folder / "model.safetensors")
+        weights["model.norm.weight"] *= 1 + 0.5 * "abc".index(one)
+        safetensors.torch.save_file(weights, folder / "model.safetensors")
+        if one < "c":
+            reward_model.main(["--model", str(folder), *train])
+    first, second, third = (tmp_path / "runs" / f"reward-checkpoint-2{n}"
+                            for n in ("", "-2", "-3"))
+    with pytest.raises(UserError, match="reward-checkpoint-2 holds a finished"):
+        reward_model.main(["--model", "a/checkpoint-2", *train])
+    grpo.main([*SHORT, "--model", "b/checkpoint-2", "--out", "b/run"])
+    config = json.loads((tmp_path / "b" / "run" / "config.json").read_text())
+    assert config["reward"] == "../../runs/reward-checkpoint-2-2"
+    assert config["model"] == "../checkpoint-2"
+    # A training that was broken off is of its base, too.
+    with monkeypatch.context() as patch:
+        patch.setattr(reward_model, "evaluate", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            reward_model.main(["--model", "c/checkpoint-2", *train[:2], "--epochs", "1",
+                               "--save-every", "1"])
+    bases = [reward_model.base_of(folder) for folder in (first, second, third)]
+    assert None not in bases
+    assert len(set(bases)) == 3
+    (first / "notes.txt").write_text("not ours")  # alters nothing
+    monkeypatch.setattr(sample, "ask", lambda: ["How?"])
+    sample.main(["--model", "a/checkpoint-2", "--reward", str(first)])
+    assert "politeness" in capsys.readouterr().out
+    for broken in (second / reward_model.FILES[1], third / CHECKPOINT):
+        broken.write_text("broken")
+        assert reward_model.base_of(broken.parent) is None  # its loader will say why
+
+
 def test_the_chat_prints_both_answers_with_scores(short_run, capsys):
     sample.main(["How do I mend a flat tyre?", "--adapter", str(short_run)])
     shown = capsys.readouterr().out
@@ -280,7 +331,6 @@ def altered(folder: Path) -> Path:
 
 
 def other_base(folder: Path) -> Path:
-    import safetensors.torch
     copy = tiny_copy(folder / "other")
     (copy / "SHA256SUMS").unlink()
     weights = safetensors.torch.load_file(copy / "model.safetensors")

@@ -19,8 +19,8 @@ CHANGES = {
     "1": ("sample_batch", "uniforms, s.temperature", "uniforms, 1.0"),
     "2": ("rollout", "unembed = model.unembed[:tokenizer.valid]",
           "unembed = model.unembed"),
-    "3": ("rollout", "ended[active[stop]] = t + 1, True",
-          "ended[active[stop]] = t, True"),
+    "3": ("rollout", "length[active], ended[active] = t + 1, stop",
+          "length[active], ended[active] = t + 1 - stop.long(), stop"),
     "4": ("response_hidden", "prompt[-1:] + r[:-1] for r in", "r for r in"),
 }
 

@@ -4,11 +4,14 @@
 * A broken, altered or foreign checkpoint is refused in one line.
 * A checkpoint is due after so many steps, or about every five minutes.
 * Lines that came after a checkpoint are cut off; others may not have changed.
-* Ctrl-C and SIGTERM are noted; the second one insists, and the old handlers come back.
+* Ctrl-C, SIGTERM and a closed terminal are noted; a second signal insists, but for that
+  of a terminal; the old handlers come back, and nohup is minded.
 """
 
+import errno
 import hashlib
 import signal
+import sys
 import time
 
 import pytest
@@ -187,3 +190,44 @@ def test_a_second_signal_stops_at_once(number, capsys):
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(number)
     assert signal.getsignal(number) is before
+
+
+@pytest.fixture
+def hang_up():
+    """SIGHUP as it is where no nohup has been, but for ending the tests."""
+    before = signal.signal(signal.SIGHUP, lambda *_: None)
+    yield signal.SIGHUP
+    signal.signal(signal.SIGHUP, before)
+
+
+def test_a_terminal_that_closes_asks_for_a_stop_however_often(hang_up, capsys):
+    before = signal.getsignal(hang_up)
+    with Stop() as stop:
+        for _ in range(3):  # the terminal's, the shell's, systemd's
+            signal.raise_signal(hang_up)
+        assert stop.asked
+        assert capsys.readouterr().err.count("stopping after this step") == 1
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(hang_up) is before
+
+
+def test_under_nohup_a_closed_terminal_stops_nothing(hang_up):
+    signal.signal(hang_up, signal.SIG_IGN)
+    with Stop() as stop:
+        signal.raise_signal(hang_up)
+        assert not stop.asked
+    assert signal.getsignal(hang_up) is signal.SIG_IGN
+
+
+def test_a_stop_is_asked_for_though_the_terminal_is_gone(hang_up, monkeypatch):
+    class Gone:
+        def write(self, _):
+            raise OSError(errno.EIO, "Input/output error")
+
+        flush = write
+
+    with Stop() as stop, monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", Gone())
+        signal.raise_signal(hang_up)
+    assert stop.asked

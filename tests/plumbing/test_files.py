@@ -1,9 +1,10 @@
 """Claims about plumbing/files.py.
 
 * A file is written whole or not at all; a failure leaves the old one and no rubbish.
-* Every bad row of a JSONL file is refused with its file and line.
 * A line is added whole, or the disk that has no room is named.
-* Checksums are those of `sha256sum`; an altered or misnamed file is refused.
+* JSON is read by every parser: null stands for what is no number.
+* Checksums are those of `sha256sum`, of our own files alone; whatever it writes is
+  read; an altered or misnamed file and a line that is no checksum are refused.
 * One process at a time writes a folder.
 * A UserError becomes one line and exit status 2; other errors are not hidden.
 """
@@ -11,6 +12,7 @@
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -22,8 +24,6 @@ import torch
 
 from plumbing import files
 from plumbing.files import UserError
-
-GOOD = '{"prompt": "p", "response": "r", "scores": {"safety": 0.5}}'
 
 # ----------------------------------------------------------------------------- files
 
@@ -95,78 +95,26 @@ def test_bad_json_file_is_refused(tmp_path, content, why):
 
 
 def test_missing_files_are_refused(tmp_path):
-    for reader in (files.read_json, lambda path: files.read_rows(path, False)):
-        with pytest.raises(UserError, match=r"cannot read .*gone.*No such file"):
-            reader(tmp_path / "gone")
+    with pytest.raises(UserError, match=r"cannot read .*gone.*No such file"):
+        files.read_json(tmp_path / "gone")
 
 
-# ------------------------------------------------------------------------------ rows
+def test_what_json_has_no_word_for_is_null(tmp_path):
+    path = tmp_path / "file.json"
+    content = {"a": math.nan, "b": [math.inf, (-math.inf, 1.5)], "c": {"d": math.nan}}
+    files.write_json(path, content)
+    strict = json.loads(path.read_text(), parse_constant=pytest.fail)
+    assert strict == {"a": None, "b": [None, [None, 1.5]], "c": {"d": None}}
+    with files.append(tmp_path / "lines") as file:
+        files.append_line(file, content)
+    assert json.loads((tmp_path / "lines").read_text(),
+                      parse_constant=pytest.fail) == strict
 
 
-def scored(score: str) -> str:
-    """A row with this score; JSON itself has no NaN, but Python's parser takes it."""
-    return GOOD.replace("0.5", score)
-
-
-@pytest.mark.parametrize(("line", "why"), [
-    ("not json", "not valid JSON"),
-    ('{"prompt": "p"', "not valid JSON"),
-    ("[" * 100_000, "not valid JSON"),
-    ('["prompt"]', "found list"),
-    ("3", "found int"),
-    ('{"response": "r"}', '"prompt" must be a text'),
-    ('{"prompt": 3, "response": "r"}', '"prompt" must be a text'),
-    ('{"prompt": "p"}', '"response" must be a text'),
-    ('{"prompt": "", "response": "r"}', "prompt is empty"),
-    ('{"prompt": " \\n\\t", "response": "r"}', "prompt is empty"),
-    ('{"prompt": "p", "response": "\\ud83d"}', "half a surrogate pair"),
-    ('{"prompt": "p", "response": "r", "id": ["\\udc00"]}', "half a surrogate pair"),
-    ('{"prompt": "p", "response": "r"}', '"scores" must name'),
-    ('{"prompt": "p", "response": "r", "scores": {}}', '"scores" must name'),
-    ('{"prompt": "p", "response": "r", "scores": [1]}', '"scores" must name'),
-    *((scored(bad), "score of safety is .* 0 to 1") for bad in (
-        "1.01", "-0.01", "NaN", "Infinity", "-Infinity", "true", "false", '"0.5"',
-        "null", "[0.5]", "1" + "0" * 400)),  # an int beyond any float
-])
-def test_bad_row_is_refused_with_file_and_line(tmp_path, line, why):
-    path = tmp_path / "labels.jsonl"
-    path.write_text(f"{GOOD}\n\n{line}\n{GOOD}\n")  # an empty line counts, too
-    with pytest.raises(UserError, match=why) as refusal:
-        files.read_rows(path, responses=True, labels=True)
-    assert f"{path}:3: " in str(refusal.value)
-
-
-@pytest.mark.parametrize(("content", "why"), [
-    (b"", "has no rows"), (b"\n  \n", "has no rows"),
-    (GOOD.encode() + b"\n\xff\n", "not UTF-8 text"),
-    (GOOD.encode("utf-16"), "not UTF-8 text"),
-    (b"\xef\xbb\xbf" + GOOD.encode(), "BOM"),
-])
-def test_bad_file_of_rows_is_refused(tmp_path, content, why):
-    path = tmp_path / "labels.jsonl"
-    path.write_bytes(content)
-    with pytest.raises(UserError, match=why) as refusal:
-        files.read_rows(path, responses=True, labels=True)
-    assert str(path) in str(refusal.value)
-
-
-def test_good_rows_come_back_as_they_were_written(tmp_path):
-    rows = [
-        {"prompt": "a", "response": "", "scores": {"x": 0, "y": 1.0}, "id": 7},
-        # JSON allows these inside a string; str.splitlines() would cut there.
-        {"prompt": "1\u20282\u20293\x854\x7f", "response": "😀\r\n", "scores": {"x": 1}}
-    ]
-    path = tmp_path / "rows.jsonl"
-    for ascii_only, end in ((True, "\n"), (False, "\n"), (False, "\r\n")):
-        text = end.join(json.dumps(r, ensure_ascii=ascii_only) for r in rows)
-        path.write_bytes(text.encode())
-        assert files.read_rows(path, responses=True, labels=True) == rows
-
-
-def test_only_what_is_asked_for_is_required(tmp_path):
-    path = tmp_path / "prompts.jsonl"
-    path.write_text('{"prompt": "p", "scores": "anything"}')
-    assert files.read_rows(path, responses=False)[0]["prompt"] == "p"
+def test_a_path_of_any_bytes_stands_in_json(tmp_path):
+    name = os.fsdecode(b"caf\xe9 \xff\xfe")
+    files.write_json(tmp_path / "file.json", {"out": name, "水": "\u2028"})
+    assert files.read_json(tmp_path / "file.json") == {"out": name, "水": "\u2028"}
 
 
 # ------------------------------------------------------------------------- checksums
@@ -178,7 +126,7 @@ def folder(tmp_path):
     (tmp_path / "b.bin").write_bytes(bytes(range(256)))
     (tmp_path / "a.txt").write_text("a")
     (tmp_path / "sub").mkdir()
-    files.write_checksums(tmp_path)
+    files.write_checksums(tmp_path, ["b.bin", "a.txt"])
     return tmp_path
 
 
@@ -187,9 +135,37 @@ def test_checksums_are_those_of_hashlib(folder):
         f"{hashlib.sha256((folder / name).read_bytes()).hexdigest()}  {name}\n"
         for name in ("a.txt", "b.bin"))
     files.verify_checksums(folder)
-    before = (folder / "SHA256SUMS").read_bytes()
-    files.write_checksums(folder)  # the list does not list itself
-    assert (folder / "SHA256SUMS").read_bytes() == before
+
+
+def test_the_list_knows_our_own_files_only(folder):
+    for name in ("train.log", ".DS_Store", "notes.txt", ".a.txt.swp"):
+        (folder / name).write_text("first")
+    files.write_checksums(folder, ["b.bin", "a.txt"])
+    for name in ("train.log", ".DS_Store", "notes.txt"):
+        (folder / name).write_text("changed")
+    files.verify_checksums(folder)
+
+
+@pytest.mark.skipif(not shutil.which("sha256sum"), reason="no sha256sum here")
+@pytest.mark.parametrize("command", [
+    "sha256sum *.*", "sha256sum ./*.*", "sha256sum -b *.*", "sha256sum --tag *.*",
+    "sha256sum */x.txt", "sha256sum *.* | sed 's/$/\\r/'",
+    "sha256sum *.* | tr a-f A-F | sed 's/  .*/\\L&/'", "sha256sum odd*"])
+def test_whatever_sha256sum_writes_is_read(folder, command):
+    for name in ("sub/x.txt", "odd\n\\name", "odd\\n", "odd  two *",
+                 "odd\u2028\x85", os.fsdecode(b"odd\xff"), "odd (x) = y"):
+        (folder / name).write_text(name.encode().hex() if name.isascii() else "x")
+    listing = folder / "SHA256SUMS"
+    listing.unlink()
+    text = subprocess.run(command, cwd=folder, shell=True, check=True,
+                          capture_output=True).stdout
+    assert text
+    listing.write_bytes(text)
+    files.verify_checksums(folder)
+    name = "sub/x.txt" if "x.txt" in command else "a.txt"
+    (folder / ("odd\\n" if "odd" in command else name)).write_text("altered")
+    with pytest.raises(UserError, match="is not the file that was written"):
+        files.verify_checksums(folder)
 
 
 @pytest.mark.skipif(not shutil.which("sha256sum"), reason="no sha256sum here")
@@ -203,7 +179,7 @@ def test_altered_or_missing_file_is_refused(folder):
     with pytest.raises(UserError, match=r"b\.bin is not the file that was written"):
         files.verify_checksums(folder)
     (folder / "b.bin").unlink()
-    with pytest.raises(UserError, match=r"not there: 'b\.bin'"):
+    with pytest.raises(UserError, match=r"SHA256SUMS:2 .*not there: 'b\.bin'"):
         files.verify_checksums(folder)
 
 
@@ -213,18 +189,24 @@ def test_list_may_not_point_outside_its_folder(folder):
     inside = folder / "sub" / "a.txt"
     inside.write_text("a")
     digest = hashlib.sha256(b"a").hexdigest()
-    for name in (f"../{outside.name}", str(outside), "sub/a.txt", "./a.txt", "sub",
-                 "..", ".", "", "a\x00.txt"):
+    for name in (f"../{outside.name}", str(outside), f"sub/../../{outside.name}",
+                 "sub", "..", ".", "a\x00.txt", "x" * 300):
         (folder / "SHA256SUMS").write_text(f"{digest}  {name}\n")
-        with pytest.raises(UserError, match="names a file that is not there"):
+        with pytest.raises(UserError, match=":1 names a file that is not there"):
             files.verify_checksums(folder)
 
 
 def test_damaged_list_is_refused_and_a_folder_without_one_is_not_ours(folder):
-    for damage in (b"\xff\xfe\x00", b"abc\n", b"\n"):
-        (folder / "SHA256SUMS").write_bytes(damage)
-        with pytest.raises(UserError):
-            files.verify_checksums(folder)
+    first = (folder / "SHA256SUMS").read_bytes().split(b"\n")[0] + b"\n"
+    for damage in (b"\xff\xfe\x00", b"abc\n", b"\n", b"", b"# a word\n",
+                   first[:64] + b"\n", first[:64] + b"  \n", first[1:], b"0" + first,
+                   first.replace(b"  ", b" ")):
+        for before in (b"", first):
+            (folder / "SHA256SUMS").write_bytes(before + damage)
+            if before + damage == first:
+                continue
+            with pytest.raises(UserError, match=f":{2 if before else 1}: no checksum"):
+                files.verify_checksums(folder)
     (folder / "SHA256SUMS").unlink()
     files.verify_checksums(folder)
 

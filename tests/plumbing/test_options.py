@@ -6,19 +6,27 @@
 * A number out of its bounds is refused by the name of its option, NaN too.
 * A field that is no option has its value and cannot be changed.
 * Settings come back from JSON as they were; other ones are refused by name.
+* What starts must resume: for every option of every program, whatever value the command
+  line takes comes back from config.json, or is refused at the start with one line.
 """
 
 import dataclasses
 import importlib
 import json
 import math
+import os
+import random
+import string
 from pathlib import Path
 
 import pytest
 
-from plumbing.files import UserError
+from plumbing.files import UserError, read_json, write_json
 from plumbing.options import (
+    as_saved,
+    flag,
     given_options,
+    is_path,
     no_option,
     option,
     option_names,
@@ -255,10 +263,10 @@ def test_options_that_say_the_same_may_be_typed_again_and_others_are_named():
 
 @pytest.mark.parametrize(("field", "value"), [
     ("group_size", "4"), ("group_size", 4.0), ("group_size", True),
-    ("group_size", None), ("group_size", 2 ** 31), ("lr", "1"), ("lr", True),
+    ("group_size", None), ("group_size", 2 ** 63), ("lr", "1"), ("lr", True),
     ("lr", math.nan), ("lr", math.inf), ("lr", 10 ** 40), ("out", 5), ("out", "a\x00b"),
     ("out", "x" * 5000), ("kl", "k4"), ("kl", ["k1"]), ("kl", None), ("time", 1),
-    ("time", "yes"), ("prompt", 7), ("prompt", "\u202e"), ("limit", "7")])
+    ("time", "yes"), ("prompt", 7), ("prompt", "a\udcff"), ("limit", "7")])
 def test_a_setting_that_was_changed_by_hand_is_refused_by_name(field, value):
     saved = as_json(Settings(steps=1)) | {field: value}
     with pytest.raises(UserError, match=f"{PATH}: {field} is "):
@@ -270,3 +278,127 @@ def test_settings_of_another_version_are_refused_with_what_they_lack():
     del saved["kl"], saved["lr"]
     with pytest.raises(UserError, match=r"config\.json lacks lr, kl; .* this version"):
         saved_settings(Settings, saved, {}, PATH)
+
+
+# ------------------------------------------------------------- what starts must resume
+
+
+ROOT = Path(__file__).parent.parent.parent
+TEXTS = [
+    "", " ", "\n", "You are kind.\nAnswer in one sentence.\r\n", "a\tb", "\xa0", "\x7f",
+    "\x85\u2028\u2029", "\u202e", "\ufeff水", "😀" * 9, "x" * 100_000, '"\\', "NaN",
+    "null", "~", "-1", "a\x00b", os.fsdecode(b"caf\xe9"), "{{ bos }}", "\ue000",
+    "<|im_end|>", "\ud7ff\ue000\U0010ffff"]
+PLACES = [
+    ".", "..", "a/", "./a", "a b/c", "~", "~/x", "a//b/./c/../d", "/", "/nowhere/x",
+    "é\n水", os.fsdecode(b"caf\xe9/\xff"), "x" * 200, "y" * 5000, "gold", "tiny",
+    "a\x00", str(ROOT / "data/tiny"), "Qwen/Qwen2.5-0.5B-Instruct", "-", "con:", "\\",
+    "loop/x"]
+NUMBERS = [
+    "0", "1", "-1", "2", "3", "1_000", " 7 ", "٣", str(2 ** 31), str(2 ** 53 + 1),
+    str(2 ** 63 - 1), str(2 ** 63), str(2 ** 64), str(-2 ** 63), "9" * 400, "9" * 5000,
+    "1e-320", "5e-324", "1e300", "1e309", "-0.0", "0.1", "nan", "inf", "-inf", "1e-05",
+    "0.30000000000000004", "1.7976931348623157e308", "x", "1.5"]
+
+
+def random_word(field: dataclasses.Field, chance: random.Random) -> str:
+    """A word for this option: an odd one, or a random one."""
+    if field.metadata.get("choices") and chance.random() < 0.9:
+        return chance.choice(field.metadata["choices"])
+    kind = getattr(field.type, "__args__", (field.type,))[0]
+    if kind in (int, float):
+        return chance.choice([
+            chance.choice(NUMBERS), str(chance.getrandbits(chance.randint(1, 66))),
+            repr(chance.random()),
+            repr(chance.uniform(-1, 1) * 10 ** chance.randint(-320, 300))])
+    if chance.random() < 0.5:
+        if field.name == "device":
+            return "cpu"
+        return chance.choice(PLACES if is_path(field) else TEXTS)
+    letters = string.printable + "é水😀\u2028\xa0\udc80\udcff"
+    return "".join(chance.choices(letters, k=chance.randint(0, 40)))
+
+
+def random_words(field: dataclasses.Field, chance: random.Random) -> list[str]:
+    """How the option is typed with a `random_word`; one that is on or off, alone."""
+    if field.type is bool:
+        return chance.choice([[], [flag(field.name)]])
+    word = random_word(field, chance)
+    return [word] if field.metadata.get("positional") else [
+        f"{flag(field.name)}={word}"]
+
+
+def same(field: dataclasses.Field, value: object, back: object) -> bool:
+    """The very same value; of a path, the same place in the end."""
+    if is_path(field) and value is not None and value != back:
+        return type(value) is type(back) and (
+            os.path.realpath(value) == os.path.realpath(back))
+    return (type(value), repr(value)) == (type(back), repr(back))
+
+
+RUNS = ["grpo", *(f"methods.{name}" for name in ("ppo", "dpo", "sft", "best_of_n"))]
+
+
+@pytest.mark.parametrize("program", [*RUNS, "reward_model", "sample"])
+def test_whatever_the_command_line_takes_comes_back(program, tmp_path, monkeypatch,
+                                                    capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # thousands of files
+    (tmp_path / "loop").symlink_to("loop")
+    for folder in ("a/b", "~/x", "a b/c", "gold", "Qwen"):
+        (tmp_path / folder).mkdir(parents=True)
+    cls, chance = importlib.import_module(program).Settings, random.Random(program)
+    options = [f for f in dataclasses.fields(cls) if f.name in option_names(cls)]
+    taken = dict.fromkeys(option_names(cls), 0)
+    for number in range(3000):
+        field, run = options[number % len(options)], tmp_path / chance.choice(
+            ["runs/x", "y", "a b/c"])
+        argv = random_words(field, chance)
+        try:
+            settings = parse_settings(cls, "", argv)
+            if hasattr(settings, "resolved"):
+                settings = settings.resolved()
+        except UserError as refusal:
+            assert len(str(refusal)) < 1010  # noqa: PT017
+            continue
+        except SystemExit as end:
+            assert end.code == 2  # noqa: PT017
+            capsys.readouterr()
+            continue
+        value, path = getattr(settings, field.name), run / "config.json"
+        taken[field.name] += 1
+        write_json(path, as_saved(settings, run))
+        given = given_options(cls, argv)
+        back = saved_settings(cls, read_json(path), {}, path)
+        again = saved_settings(cls, read_json(path), given, path)  # typed once more
+        for other in (back, again):
+            assert same(field, value, getattr(other, field.name)), (argv, value)
+        for rest in options:
+            assert same(rest, getattr(settings, rest.name), getattr(back, rest.name))
+    assert all(taken.values()), taken
+
+
+@pytest.mark.parametrize(("argv", "words"), [
+    (["--seed", str(2 ** 63)], f"--seed is {2 ** 63}; it must be at most"),
+    (["--save-every", str(2 ** 70)], f"it must be at most {2 ** 63 - 1}"),
+    (["--system", "a\udcff"], "--system is 'a\\udcff'; it must be UTF-8"),
+    (["--system", "a\0"], "--system is 'a\\x00'; it must not hold a null byte"),
+    (["--out", "a\0"], "--out is a\0; it must not hold a null byte"),
+    (["--model", "x" * 5000], "it cannot be a path: File name too long"),
+    (["--judge", "x" * 300], "it cannot be a path: File name too long"),
+    (["--out", os.fsdecode(b"caf\xe9")], "it must be UTF-8"),
+    (["--model", ""], "--model is ''; it must not be empty"),
+    (["--lr", "inf"], "--lr is inf; it must be above 0")])
+def test_what_could_not_resume_is_refused_at_the_start(argv, words):
+    with pytest.raises(UserError) as refusal:
+        parse_settings(importlib.import_module("grpo").Settings, "", argv)
+    assert words in str(refusal.value)
+    assert len(str(refusal.value)) < 200
+
+
+@pytest.mark.parametrize("name", ["out", "prompts", "resume", "judge"])
+def test_an_empty_path_is_not_the_folder_one_stands_in(name, capsys):
+    with pytest.raises(SystemExit) as end:
+        parse_settings(importlib.import_module("grpo").Settings, "", [f"--{name}", ""])
+    assert end.value.code == 2
+    assert f"argument --{name}: it must not be empty" in capsys.readouterr().err
