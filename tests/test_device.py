@@ -37,6 +37,7 @@ def on_the_device(*words: str) -> str:
     return end.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [
     "grpo.py --steps 2", "grpo.py --steps 1 --inner-steps 2 --dtype float32",
     "methods ppo --steps 1", "methods dpo --steps 1 --epochs 1"])
@@ -51,6 +52,7 @@ def test_a_run_ends_on_a_device(words, tmp_path):
         assert "aligned: " in said
 
 
+@pytest.mark.slow
 def test_a_reward_model_learns_on_a_device(tmp_path):
     rows = [json.loads(line) for line in (TINY / "labels.jsonl").open()]
     few = [row for split in ("train", "validation", "test") for row in

@@ -113,6 +113,7 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
 # -------------------------------------------------------------- results before words
 
 
+@pytest.mark.slow
 def test_a_terminal_that_is_not_utf8_costs_nothing(tmp_path):
     end = program(*SHORT, "--out", str(tmp_path / "run"), PYTHONIOENCODING="ascii")
     assert end.returncode == 0, end.stderr
@@ -121,6 +122,7 @@ def test_a_terminal_that_is_not_utf8_costs_nothing(tmp_path):
     assert (tmp_path / "run" / "summary.json").is_file()
 
 
+@pytest.mark.slow
 def test_a_pipe_that_closes_costs_nothing(tmp_path):
     words = [sys.executable, str(ROOT / "grpo.py"), *SHORT, "--out",
              str(tmp_path / "run")]

@@ -180,6 +180,7 @@ def test_an_interrupted_run_ends_as_the_undisturbed_one(method, at, tmp_path,
     verify_checksums(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["dpo", "sft"])
 def test_whoever_learns_from_collected_answers_samples_nothing_twice(
         method, tmp_path, monkeypatch, undisturbed):
@@ -324,6 +325,7 @@ def outcome_files(folder: Path) -> dict[str, bytes]:
 # ---------------------------------------------------- odd values, and what has moved
 
 
+@pytest.mark.slow
 def test_odd_values_resume(tmp_path):
     folder, system = tmp_path / "é 'run' ~", "Be kind.\nAnd\xa0brief.\t水"
     words = [*SHORT, "--system", system, "--seed", str(2 ** 63 - 1), "--weights",
@@ -427,7 +429,8 @@ def test_somebody_elses_files_stay(interrupted):
 # --------------------------------------------------------------- what a run has spent
 
 
-@pytest.mark.parametrize("method", ["grpo", "dpo"])
+@pytest.mark.parametrize("method", [
+    "grpo", pytest.param("dpo", marks=pytest.mark.slow)])
 def test_seconds_and_memory_add_up(method, tmp_path, monkeypatch):
     class Late(figures.Cost):  # a process that has run for a thousand seconds, at 99 GB
         def so_far(self):

@@ -140,6 +140,7 @@ def test_a_run_that_has_hardly_begun_elsewhere_is_left_alone(tmp_path):
     assert (out / "samples.jsonl").is_file()
 
 
+@pytest.mark.slow
 def test_a_run_that_is_still_being_written_is_left_alone(tmp_path, monkeypatch):
     def cut(*_):
         raise RuntimeError("power cut")

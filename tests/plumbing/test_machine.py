@@ -139,6 +139,7 @@ def test_a_folder_that_is_lost_is_a_fault(code, monkeypatch, tmp_path):
         files.write_whole(tmp_path / "file", "x")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", ["--out", "--resume", "--prompts", "--model",
                                     "--reward", "--judge"])
 def test_a_name_that_is_too_long_is_one_line(option, tmp_path):
@@ -299,6 +300,7 @@ def program(*words: str, before=None, **env) -> subprocess.CompletedProcess:
         preexec_fn=before, env=os.environ | {"OMP_NUM_THREADS": "1"} | env)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux minds RLIMIT_AS")
 def test_a_machine_without_memory_ends_a_run_with_one_line(tmp_path):
     def little() -> None:
@@ -317,6 +319,7 @@ def test_a_machine_without_memory_ends_a_run_with_one_line(tmp_path):
 # ---------------------------------------------------------------------------- threads
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("chosen", "wanted"), [
     ("", 1), ("OMP_NUM_THREADS=2", 2), ("MKL_NUM_THREADS=2", 2), ("in Python", 3)])
 @pytest.mark.parametrize("tiny", [True, False])
@@ -363,6 +366,7 @@ with one_line_errors():
 """
 
 
+@pytest.mark.slow
 def test_without_the_modules_that_windows_lacks_a_run_ends(tmp_path):
     end = program("-c", WINDOWS, *SHORT, "--out", str(tmp_path / "run"))
     assert end.returncode == 0, end.stderr

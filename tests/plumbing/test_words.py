@@ -40,6 +40,7 @@ def run(tmp_path, shell: str, good: bool = True, **environment: str):
     return end, (tmp_path / "done").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["latin-1", "ascii", "cp1252:strict", "utf-8"])
 def test_letters_that_a_terminal_has_not_are_escaped(tmp_path, encoding):
     end, done = run(tmp_path, "TALK 2>/dev/null", PYTHONIOENCODING=encoding)
@@ -49,6 +50,7 @@ def test_letters_that_a_terminal_has_not_are_escaped(tmp_path, encoding):
          if encoding != "ascii" else "hello \\u2192 \\xd7 ") + "\\udcff 3")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shell", [
     "TALK | head -1", "TALK 2>&1 | head -1", "TALK | true", "TALK > /dev/full",
     "TALK 2> /dev/full", "TALK &> /dev/full", "TALK >&-", "TALK 2>&-",
