@@ -429,8 +429,8 @@ def test_somebody_elses_files_stay(interrupted):
 # --------------------------------------------------------------- what a run has spent
 
 
-@pytest.mark.parametrize("method", [
-    "grpo", pytest.param("dpo", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["grpo", "dpo"])
 def test_seconds_and_memory_add_up(method, tmp_path, monkeypatch):
     class Late(figures.Cost):  # a process that has run for a thousand seconds, at 99 GB
         def so_far(self):

@@ -220,6 +220,7 @@ def test_a_missing_reward_model_is_trained_first(tmp_path, monkeypatch, capsys):
     assert (folder / "reward.json").is_file()
 
 
+@pytest.mark.slow
 def test_two_bases_of_one_name_have_a_reward_model_each(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     labels = lines(TINY / "labels.jsonl")

@@ -339,9 +339,8 @@ def same(field: dataclasses.Field, value: object, back: object) -> bool:
 RUNS = ["grpo", *(f"methods.{name}" for name in ("ppo", "dpo", "sft", "best_of_n"))]
 
 
-@pytest.mark.parametrize("program", ["grpo", *(
-    pytest.param(name, marks=pytest.mark.slow)
-    for name in (*RUNS[1:], "reward_model", "sample"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("program", [*RUNS, "reward_model", "sample"])
 def test_whatever_the_command_line_takes_comes_back(program, tmp_path, monkeypatch,
                                                     capsys):
     monkeypatch.chdir(tmp_path)

@@ -152,7 +152,7 @@ def one():
 
 
 @pytest.fixture(scope="module", params=[
-    2, 3, pytest.param(4, marks=pytest.mark.slow)])  # one of 4 has no prompt
+    2, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 4))])  # of 4, one is idle
 def processes(request, tmp_path_factory):
     """What each of some processes returns."""
     return in_processes(everything, request.param, tmp_path_factory.mktemp("answers"))
