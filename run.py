@@ -84,8 +84,8 @@ from plumbing.rows import (
 CONFIG, BEFORE = "config.json", "before.json"
 LINES = ("metrics.jsonl", "samples.jsonl")  # written step by step
 # What a run reads, and the option that says where it is.
-INPUTS = {"base": "--model DIR", "prompts": "--prompts FILE",
-          "reward model": "--reward DIR", "judge": "--judge DIR"}
+INPUTS = {"base": "model", "prompts": "prompts", "reward model": "reward",
+          "judge": "judge"}
 DEAD_STEPS = 10  # after so many steps without a live group in a row, a note
 
 # ----------------------------------------------------------------------- the settings
@@ -180,14 +180,19 @@ def settings_of(cls: type, folder: Path, argv: list[str] | None,
     require(folder.resolve() == Path(given.pop("out", folder)).resolve(), f"{folder} "
             "is the run's folder; leave --out out, or start another run")
     s = saved_settings(cls, saved, given, path)
-    for usage in INPUTS.values():
-        name = usage.split()[0].removeprefix("--")
+    for name in INPUTS.values():
         place = getattr(s, name)
         is_word = place is None or place == "gold" or (
             name == "model" and not os.path.isabs(place))  # a name on the Hub
         require(is_word or os.path.exists(place), f"{folder} was made with --{name} "
-                f"{saved[name]}, which is not there; say where it is now: {usage}")
+                f"{saved[name]}, which is not there; say where it is now: "
+                f"{where_is(name)}")
     return dataclasses.replace(s, resume=folder, out=folder)
+
+
+def where_is(name: str) -> str:
+    """How to say where an input is: `--model DIR`."""
+    return f"--{name} {'FILE' if name == 'prompts' else 'DIR'}"
 
 
 def command_of(method: str) -> str:
@@ -408,7 +413,7 @@ def identify(s: Settings, model: Qwen) -> dict[str, str]:
     return hashes
 
 
-# ----------------------------------------------------------------- the folder, from …
+# ----------------------------------------------------------------- a run's beginning
 
 
 def free_folder(s: Settings, method: str) -> Path:
@@ -484,13 +489,13 @@ def announce(run: Run) -> None:
     require(isinstance(inputs, dict), f"{path} lacks the SHA-256 of its inputs")
     changed = sorted(name for name in run.inputs.keys() | inputs.keys()
                      if inputs.get(name) != run.inputs.get(name))
-    options = " ".join(INPUTS[name] for name in changed if name in INPUTS)
+    options = " ".join(where_is(INPUTS[name]) for name in changed if name in INPUTS)
     require(not changed, f"{run.folder} was made with another {', '.join(changed)}; "
             f"say where the old one is ({options}), or start another run")
     for name in ("torch", "threads", "processes"):
         if saved.get(name) != config[name]:
-            print(f"note: {name} was {saved.get(name)} and is {config[name]} now; the "
-                  "rest of the run will round differently", file=sys.stderr)
+            machine.note(f"{name} was {saved.get(name)} and is {config[name]} now; the "
+                         "rest of the run will round differently")
 
 
 def config_of(run: Run) -> dict:
@@ -508,7 +513,7 @@ def config_of(run: Run) -> dict:
         "processes": parallel.size()}
 
 
-# ------------------------------------------------------------------- … step by step …
+# ---------------------------------------------------------------------- step by step
 
 
 class Log:
@@ -616,7 +621,7 @@ class Log:
                            "--min-std", sys.stderr)
 
 
-# ------------------------------------------------------------------- … to its summary
+# ----------------------------------------------------------------------- a run's end
 
 
 def save_policy(run: Run) -> None:

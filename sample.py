@@ -359,6 +359,16 @@ def sampler_is_trainer(model: Qwen) -> bool:
 
 
 @torch.no_grad()
+def batch_logp(run: Run, batch: Batch, name: str | None) -> Tensor:
+    """log π (B, C) of a batch's tokens with adapter `name`, by the trainer's pass."""
+    logp = torch.zeros_like(batch.sampled.logp)
+    for index, hidden, mask in every_micro_batch(run, batch, name):
+        tokens = batch.sampled.tokens[index]
+        logp[index] = log_probs(run, hidden, tokens, mask).to(logp)
+    parallel.all_reduce(logp)
+    return logp
+
+
 def trainer_logp(run: Run, batch: Batch) -> Tensor:
     """log π_old (B, C) by the trainer's own pass, before the first update.
 
@@ -366,11 +376,7 @@ def trainer_logp(run: Run, batch: Batch) -> Tensor:
     """
     if sampler_is_trainer(run.model):
         return batch.sampled.logp
-    logp = torch.zeros_like(batch.sampled.logp)
-    for index, hidden, mask in every_micro_batch(run, batch, "policy"):
-        logp[index] = log_probs(run, hidden, batch.sampled.tokens[index], mask)
-    parallel.all_reduce(logp)
-    return logp
+    return batch_logp(run, batch, "policy")
 
 
 @torch.no_grad()

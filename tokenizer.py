@@ -17,9 +17,9 @@ import tokenizers
 
 from plumbing.files import UserError, read_json, require
 from plumbing.machine import note
+from plumbing.words import HALF_SURROGATE
 
 PRIVATE_USE = range(0xE000, 0xF900)  # Unicode gives these characters no meaning
-HALF_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Tokenizer:

@@ -41,6 +41,7 @@ from run import Run
 from run import Settings as SharedSettings
 from sample import (
     Batch,
+    batch_logp,
     every_micro_batch,
     log_probs,
     sampler_is_trainer,
@@ -182,12 +183,10 @@ def make_experience(run: Run, critic: Critic,
     mask, logp = sampled.mask, trainer_logp(run, batch)
     w = None if sampler_is_trainer(run.model) else sampler_weight(
         logp, sampled.logp, mask)
-    logp_ref, values = torch.zeros_like(logp), torch.zeros_like(logp)
-    for index, hidden, own in every_micro_batch(run, batch, None):
-        logp_ref[index] = log_probs(run, hidden, sampled.tokens[index], own).to(logp)
+    logp_ref, values = batch_logp(run, batch, None), torch.zeros_like(logp)
     for index, hidden, _ in every_micro_batch(run, batch, "value"):
         values[index] = critic.values(hidden).to(values)
-    parallel.all_reduce(logp_ref, values)
+    parallel.all_reduce(values)
     rewards = token_rewards(batch.reward.to(logp), logp, logp_ref, mask, s.beta)
     advantage, returns = gae(rewards, values, mask, s.gamma, s.lam)
     unexplained, whole = (x[mask].var(correction=0)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from plumbing.files import require
 from plumbing.paths import located, portable
-from plumbing.words import program
+from plumbing.words import HALF_SURROGATE, program
 
 BOUNDS = {"low": "at least", "above": "above", "high": "at most", "below": "below"}
 
@@ -94,10 +94,9 @@ def _number_fault(field: dataclasses.Field, value: object) -> str:
 def _text_fault(text: str, path: bool) -> str:
     if "\0" in text:
         return "it must not hold a null byte"
-    # Half surrogates are how Python hands on bytes that are no UTF-8; of a path, the
-    # safetensors library takes no others.
+    # Of a path, too: the safetensors library opens no others.
     whole = os.path.abspath(text) if path else text
-    if any("\ud800" <= letter <= "\udfff" for letter in whole):
+    if HALF_SURROGATE.search(whole):
         return "it must be UTF-8: it holds bytes that are no letters"
     if not path:
         return ""

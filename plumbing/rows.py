@@ -18,6 +18,7 @@ from plumbing.files import UserError, require
 from plumbing.formats import refuse_binary, refuse_text
 from plumbing.machine import note
 from plumbing.turns import flatten
+from plumbing.words import HALF_SURROGATE
 
 # Words for the rows of a prompt file that are only evaluated on; ours comes first.
 HELD_OUT = ("heldout", "test", "validation", "val", "dev")
@@ -44,7 +45,6 @@ MARKUP = re.compile(r"<\|(im_(start|end)|endoftext|(start|end)_header_id|eot_id|
                     r"\[/?INST\]|<<SYS>>")
 # A last line with which other models are asked to go on.
 HEADINGS = {"assistant:", "ai:", "### response:", "### assistant:", "### answer:"}
-SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 class Row(dict):
@@ -145,7 +145,7 @@ def _parsed(line: str, place: str) -> dict:
 
 def _check_row(row: dict, place: str, responses: bool, labels: bool) -> bool:
     """Check a row and make texts of its chat; whether an answer was dropped."""
-    require(not SURROGATES.search(json.dumps(row, ensure_ascii=False)),
+    require(not HALF_SURROGATE.search(json.dumps(row, ensure_ascii=False)),
             f"{place}: the row holds half a surrogate pair; save the file as proper "
             "UTF-8")
     for key in [key for key in KEYS if key in row and row[key] is None]:

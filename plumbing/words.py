@@ -7,8 +7,12 @@ folder; what it says is a convenience.
 
 import contextlib
 import os
+import re
 import sys
 from collections.abc import Iterator
+
+# Half a surrogate pair: how Python hands on bytes that are no UTF-8.
+HALF_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Lasting:
